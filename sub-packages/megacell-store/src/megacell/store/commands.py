@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store's sub-commands of `megacell`."""
+
+
+def register(commands) -> None:
+    """Add `convert`, `info` and `verify`."""
