@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single cells on disk: a memory-mapped, checksummed store of counts, made from .h5ad files."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megacell.store.cells import CellStore
+    from megacell.store.conversion import convert
+
+__all__ = ["CellStore", "convert"]
+
+# no module may bear an exported name: once imported, it would stand here in the function's place
+_FROM = {"CellStore": "megacell.store.cells", "convert": "megacell.store.conversion"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the readers and writers when they are first used: `megacell --help` needs none of them."""
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_FROM[name]), name)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled loops over rows: any file's rows become rows sorted by gene, without duplicates or zeros; their hashes."""
+
+from typing import Any
+
+import numpy as np
+from megacell.store.compiled import compiled
+
+# What a value can be besides a positive whole number; rows() of a source report these as bits.
+NOT_FINITE, NEGATIVE, FRACTIONAL, TOO_LARGE, BAD_COLUMN = 1, 2, 4, 8, 16
+LARGEST = np.float64(2**32 - 1)  # the largest count that a shard can hold
+
+# Position of the lowest set bit, by de Bruijn multiplication: numba offers no stable name for the instruction.
+_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+_BIT = np.zeros(64, np.uint8)
+_BIT[[((1 << i) * int(_DE_BRUIJN) & (2**64 - 1)) >> 58 for i in range(64)]] = np.arange(64)
+
+
+@compiled
+def canonical_rows(
+    indptr: Any, columns: Any, values: Any, keep: Any, gene_of: Any, n_genes: int
+) -> tuple[Any, Any, Any, int, int]:
+    """Map a block's columns to genes; sum the values of equal genes; sort; drop zeros, columns and rows.
+
+    Each row is scattered into a dense accumulator with one bit a gene, and gathered by walking the bits: sorted
+    without a sort.
+
+    Parameters
+    ----------
+    indptr : int64 [rows + 1]
+        From 0.
+    columns : int32 [nnz]
+    values : float32 | float64 [nnz]
+    keep : bool [rows]
+    gene_of : int32 [columns]
+        Gene number of a column, -1 for a column to drop.
+    n_genes : int
+        One more than the largest number in `gene_of`.
+
+    Returns
+    -------
+    indptr : int64 [kept rows + 1]
+    genes : uint32 [kept nnz]
+    values : as given [kept nnz]
+    flags : int
+        OR of NOT_FINITE, NEGATIVE, FRACTIONAL, TOO_LARGE, BAD_COLUMN over the kept values.
+    row : int
+        The first row with any of them but FRACTIONAL (else the first with that), -1 if there is none.
+
+    """
+    sums = np.zeros(n_genes, np.float64)
+    bits = np.zeros((n_genes + 63) // 64, np.uint64)
+    out_indptr = np.zeros(keep.sum() + 1, np.int64)
+    out_genes = np.empty(len(columns), np.uint32)
+    out_values = np.empty(len(columns), values.dtype)
+    n, row_out, flags, bad_row = 0, 0, 0, -1
+    for row in range(len(keep)):
+        if not keep[row]:
+            continue
+        row_flags = 0
+        for k in range(indptr[row], indptr[row + 1]):
+            column = columns[k]
+            if column < 0 or column >= len(gene_of):
+                row_flags |= BAD_COLUMN
+                continue
+            gene = gene_of[column]
+            if gene >= 0:
+                sums[gene] += values[k]
+                bits[gene >> 6] |= np.uint64(1) << np.uint64(gene & 63)
+        for word_number in range(len(bits)):
+            word = bits[word_number]
+            if word == 0:
+                continue
+            bits[word_number] = 0
+            while word != 0:
+                low = word & (~word + np.uint64(1))
+                word ^= low
+                gene = word_number * 64 + _BIT[(low * _DE_BRUIJN) >> np.uint64(58)]
+                value = sums[gene]
+                sums[gene] = 0.0
+                if value == 0:
+                    continue
+                if not np.isfinite(value):
+                    row_flags |= NOT_FINITE
+                elif value < 0:
+                    row_flags |= NEGATIVE
+                elif value != np.floor(value):
+                    row_flags |= FRACTIONAL
+                elif value > LARGEST:
+                    row_flags |= TOO_LARGE
+                out_genes[n] = gene
+                out_values[n] = value
+                n += 1
+        if row_flags and (bad_row < 0 or (row_flags & ~FRACTIONAL and not flags & ~FRACTIONAL)):
+            bad_row = row
+        flags |= row_flags
+        row_out += 1
+        out_indptr[row_out] = n
+    return out_indptr, out_genes[:n].copy(), out_values[:n].copy(), flags, bad_row
+
+
+@compiled
+def cell_hashes(indptr: Any, genes: Any, values: Any, gene_hashes: Any) -> Any:
+    """Hash each row's genes and counts, whatever the genes' numbers and order (docs/format.md, "Cell hash").
+
+    Parameters
+    ----------
+    indptr : int64 [rows + 1]
+    genes : uint32 [nnz]
+    values : float32 | float64 [nnz]
+        Rounded to float32 first if they are not whole: the hash is of what the store holds.
+    gene_hashes : uint64 [genes]
+        XXH3-64 of each gene id.
+
+    Returns
+    -------
+    uint64 [rows]
+        0 for a row without values.
+
+    """
+    hashes = np.zeros(len(indptr) - 1, np.uint64)
+    bits = np.empty(1, np.float64)
+    for row in range(len(hashes)):
+        total = np.uint64(0)
+        for k in range(indptr[row], indptr[row + 1]):
+            bits[0] = values[k]
+            if bits[0] != np.floor(bits[0]):
+                bits[0] = np.float32(values[k])
+            x = gene_hashes[genes[k]] ^ (bits.view(np.uint64)[0] * np.uint64(0x9E3779B97F4A7C15))
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            total += x ^ (x >> np.uint64(31))
+        hashes[row] = total
+    return hashes
+
+
+@compiled
+def narrow(values: Any) -> tuple[Any, Any, Any]:
+    """Squeeze whole counts into a byte each; where 255 stands, the overflow arrays hold the count.
+
+    Returns
+    -------
+    counts : uint8 [nnz]
+    positions : int64 [overflows]
+    large : uint32 [overflows]
+
+    """
+    n = 0
+    for k in range(len(values)):
+        n += values[k] >= 255
+    counts = np.empty(len(values), np.uint8)
+    positions = np.empty(n, np.int64)
+    large = np.empty(n, np.uint32)
+    n = 0
+    for k in range(len(values)):
+        if values[k] >= 255:
+            counts[k] = 255
+            positions[n] = k
+            large[n] = np.uint32(values[k])
+            n += 1
+        else:
+            counts[k] = np.uint8(values[k])
+    return counts, positions, large

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CellStore: the cells of one generation of a store, read-only."""
+
+import os
+import threading
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+from megacell.store.errors import DataError
+from megacell.store.gather import FIELDS, copy_rows, locate
+from megacell.store.genes import GeneTable
+from megacell.store.manifest import Manifest, Source
+from megacell.store.obs import INDEX, SOURCE, from_table
+from megacell.store.panels import read_panel
+from megacell.store.shard import FOLDER, OBS, Shard, map_array
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+Array = np.ndarray[Any, Any]
+
+
+class CellStore:
+    """The cells of a store, at the generation that was opened; made by `CellStore.open`.
+
+    Opening reads the manifest alone. Shards are mapped when a cell of theirs is first asked for, and the pages are
+    shared with every other process that reads them. Pickles as its path and generation.
+
+    Attributes
+    ----------
+    path : Path
+    manifest : Manifest
+    generation : int
+    digest : str
+        XXH3-64 of the manifest's bytes, in hexadecimal: names the store's content.
+
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self.generation, self.digest = manifest.generation, manifest.digest
+        cells = np.array([shard.cells for shard in manifest.shards], np.int64)
+        self._first = np.concatenate([np.zeros(1, np.int64), np.cumsum(cells)])
+        self._table = np.zeros((len(cells), FIELDS), np.int64)
+        self._shards: list[Shard | None] = [None] * len(cells)
+        self._unmapped = len(cells)
+        self._mapping = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], generation: int | None = None) -> "CellStore":
+        """Open a store at its newest generation, or at an earlier one.
+
+        Raises
+        ------
+        DataError
+            Not a store, a newer format, a damaged manifest or no such generation.
+
+        """
+        store = Path(path)
+        return cls(store, Manifest.open(store, generation))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CellStore.open, (self.path.absolute(), self.generation)
+
+    def __repr__(self) -> str:
+        cells, genes = self.shape
+        return f"CellStore({str(self.path)!r}, generation {self.generation}: {cells:,} cells x {genes:,} genes)"
+
+    def __len__(self) -> int:
+        return self.manifest.cells
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and genes."""
+        return self.manifest.cells, self.manifest.genes
+
+    @cached_property
+    def _genes(self) -> GeneTable:
+        table = GeneTable.read(self.path / self.manifest.genes_file)
+        if len(table) != self.manifest.genes:
+            raise DataError(f"{self.path / self.manifest.genes_file}: {len(table)} genes; run `megacell verify`")
+        return table
+
+    @cached_property
+    def gene_ids(self) -> Array:
+        """Ids by gene number: object str [genes]."""
+        return np.array(self._genes.gene_ids, object)
+
+    @cached_property
+    def symbols(self) -> Array:
+        """Symbols by gene number, "" where unknown: object str [genes]."""
+        return np.array(self._genes.symbols, object)
+
+    @cached_property
+    def biotypes(self) -> Array:
+        """Biotypes by gene number, "" where unknown: object str [genes]."""
+        return np.array(self._genes.biotypes, object)
+
+    # -- counts
+
+    def rows(self, indices: Any) -> sp.csr_matrix:
+        """Return cells' counts, in any order, repeats allowed.
+
+        Parameters
+        ----------
+        indices : int array [n], bool array [cells] or slice
+
+        Returns
+        -------
+        csr_matrix float32 [n, genes]
+            Sorted indices.
+
+        Raises
+        ------
+        DataError
+            A cell that does not exist, or a damaged shard.
+
+        """
+        indptr, genes, counts = self._gather(self._numbers(indices), np.dtype(np.int32))
+        if indptr[-1] < 1 << 31:
+            indptr = indptr.astype(np.int32)
+        matrix = sp.csr_matrix((counts, genes, indptr), (len(indptr) - 1, self.shape[1]), copy=False)
+        matrix.has_sorted_indices = matrix.has_canonical_format = True
+        return matrix
+
+    def gather(self, indices: Any) -> tuple[Array, Array, Array]:
+        """Return cells' counts as plain arrays: what `rows` wraps, without the wrapping.
+
+        Returns
+        -------
+        indptr : int64 [n + 1]
+        genes : uint16 | uint32 [nnz]
+            Ascending within a cell.
+        counts : float32 [nnz]
+
+        """
+        narrow = np.dtype(np.uint16 if self.shape[1] <= 1 << 16 else np.uint32)
+        return self._gather(self._numbers(indices), narrow)
+
+    def _gather(self, cells: Array, gene_type: np.dtype[Any]) -> tuple[Array, Array, Array]:
+        if self._unmapped:
+            self._map(cells)
+        indptr, shard_of, start_of, bad = locate(cells, self._first, self._table)
+        if bad < 0:
+            genes = np.empty(indptr[-1], gene_type)
+            counts = np.empty(indptr[-1], np.float32)
+            bad = copy_rows(self._table, indptr, shard_of, start_of, self.shape[1], genes, counts)
+        if bad >= 0:
+            name = self.manifest.shards[bad].name
+            raise DataError(f"{self.path / FOLDER / name}: damaged; run `megacell verify {self.path}`")
+        return indptr, genes, counts
+
+    def _numbers(self, indices: Any) -> Array:
+        """Return cell numbers as checked int64."""
+        if isinstance(indices, slice):
+            return np.arange(*indices.indices(len(self)), dtype=np.int64)
+        cells = np.asarray(indices)
+        if cells.dtype == bool:
+            if cells.shape != (len(self),):
+                raise DataError(f"{self.path}: a mask of shape {cells.shape} for {len(self)} cells")
+            return np.flatnonzero(cells).astype(np.int64)
+        if cells.ndim != 1 or (cells.dtype.kind not in "iu" and cells.size):
+            raise DataError(
+                f"{self.path}: cells are asked for by a list of whole numbers, not {cells.dtype} {cells.shape}"
+            )
+        cells = np.ascontiguousarray(cells, np.int64)
+        if cells.size and (cells.min() < 0 or cells.max() >= len(self)):
+            wrong = cells[(cells < 0) | (cells >= len(self))][0]
+            raise DataError(f"{self.path}: no cell {wrong}; there are {len(self)}")
+        return cells
+
+    def _map(self, cells: Array) -> None:
+        """Map the shards that the cells are in, where they are not mapped yet."""
+        with self._mapping:  # a second mapping would unmap the first under another thread's reading
+            for number in np.unique(np.searchsorted(self._first, cells, side="right") - 1):
+                if self._shards[number] is None:
+                    shard = self._shards[number] = Shard(self.path, self.manifest.shards[number])
+                    self._table[number] = shard.table_row(int(self._first[number]))
+                    self._unmapped -= 1
+
+    # -- cells
+
+    @property
+    def sources(self) -> list[Source]:
+        """The files that the cells come from, by number."""
+        return list(self.manifest.sources)
+
+    @cached_property
+    def source_of(self) -> Array:
+        """Number of the source of each cell: uint32 [cells]."""
+        return self._column("panels.npy", np.dtype(np.uint32))
+
+    @cached_property
+    def cell_hash(self) -> Array:
+        """Hash of each cell's gene ids and counts: uint64 [cells]; 0 for a cell without counts."""
+        return self._column("cell_hash.npy", np.dtype(np.uint64))
+
+    def _column(self, name: str, dtype: np.dtype[Any]) -> Array:
+        """Return one of the shards' arrays by cell, mapped if there is one shard."""
+        parts = [map_array(self.path / FOLDER / s.name / name, s.files.get(name)) for s in self.manifest.shards]
+        if not parts:
+            return np.zeros(0, dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def panel(self, source: int) -> Array:
+        """Return the genes that a source measured: sorted uint32 numbers."""
+        if not 0 <= source < len(self.manifest.sources):
+            raise DataError(f"{self.path}: no source {source}; there are {len(self.manifest.sources)}")
+        return read_panel(self.path / self.manifest.panels_file, self.manifest.sources[source].panel)
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the metadata's columns, "source" among them."""
+        return [column.name for column in self.manifest.obs] + [SOURCE]
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """All metadata; the index holds the cells' original names."""
+        return self._obs([column.name for column in self.manifest.obs])
+
+    def obs_column(self, name: str) -> pd.Series:
+        """Return one column, without reading the others."""
+        if name not in self.obs_columns:
+            raise DataError(f"{self.path}: no obs column {name!r}; there are {', '.join(self.obs_columns)}")
+        return self._obs([name])[name]
+
+    def _obs(self, names: list[str]) -> pd.DataFrame:
+        wanted = [column for column in self.manifest.obs if column.name in names]
+        tables = [self._obs_table(shard.name, [INDEX, *names]) for shard in self.manifest.shards]
+        columns = {}
+        for column in wanted:
+            columns[column.name] = pd.concat([from_table(t, column) for t in tables], ignore_index=True)
+        if SOURCE in names or len(names) == len(self.manifest.obs):
+            text = [source.name for source in self.manifest.sources]
+            columns[SOURCE] = pd.Series(
+                pd.Categorical.from_codes(self.source_of.astype(np.int64), dtype=pd.CategoricalDtype(text))
+            )
+        index = [name for table in tables for name in table.column(INDEX).to_pylist()]
+        frame = pd.DataFrame(columns)
+        frame.index = pd.Index(index, dtype=object)
+        return frame
+
+    def _obs_table(self, shard: str, names: list[str]) -> pa.Table:
+        path = self.path / FOLDER / shard / OBS
+        try:
+            with pq.ParquetFile(path) as file:
+                return file.read([name for name in names if name in file.schema_arrow.names])
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path}: cannot be read ({error}); run `megacell verify {self.path}`") from None
+
+    def to_anndata(self, indices: Any = None) -> "AnnData":
+        """Return cells as AnnData: counts in X (float32 CSR), metadata in obs, ids and symbols in var."""
+        from anndata import AnnData
+
+        cells = self._numbers(slice(None) if indices is None else indices)
+        var = pd.DataFrame({"symbol": self.symbols}, index=pd.Index(self.gene_ids, dtype=object))
+        return AnnData(self.rows(cells), obs=self.obs.iloc[cells].copy(), var=var)

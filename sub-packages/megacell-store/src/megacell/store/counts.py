@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a matrix holds: counts, and of which kind, or values that only look like counts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from megacell.store.recover import looks_scaled
+
+Array = np.ndarray[Any, Any]
+
+UMI, FRACTIONAL, LENGTH_NORMALISED = "umi", "fractional", "length-normalised"
+FEWEST_CELLS = 20  # fewer cells say nothing about the spread of totals
+# Spread of totals = interquartile range / median. Real PBMC: 0.46 to 0.60. CP10k rounded to whole numbers: 0.04 to
+# 0.06; totals scaled to their median and rounded: 0.09; such values of a third of the genes: up to 0.12.
+LEAST_SPREAD = 0.15
+# In real counts nearly every cell has a gene that was seen once (all PBMC here: 100 %); CP10k rounded: 9 to 37 %.
+LEAST_WITH_ONES, ENOUGH_GENES = 0.75, 50
+LARGEST_LOG = 16.0  # log1p of counts per million stays under 13.9
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a sample of a matrix shows.
+
+    Attributes
+    ----------
+    kind : str
+        "umi", "fractional" or "length-normalised"; "" if the values are no counts.
+    reason : str
+        Why not, in words that follow the name of the place.
+
+    """
+
+    kind: str
+    reason: str = ""
+
+    @property
+    def is_counts(self) -> bool:
+        """True for the kinds that need no permission."""
+        return self.kind in (UMI, FRACTIONAL)
+
+
+def judge(indptr: Array, values: Array) -> Verdict:
+    """Tell counts from what normalisation made of them.
+
+    Whole numbers alone prove nothing (rounded CP10k passes), so totals and smallest values are looked at too.
+
+    Parameters
+    ----------
+    indptr : int64 [rows + 1]
+    values : float [nnz]
+        Of genes only; canonical rows.
+
+    """
+    if not len(values):
+        return Verdict("", "has no values above zero")
+    if not np.isfinite(values).all():
+        return Verdict("", "has NaN or infinite values")
+    if (values < 0).any():
+        return Verdict("", "has negative values: scaled or residual expression")
+    filled = np.flatnonzero(np.diff(indptr))
+    starts = indptr[filled]
+    values = values.astype(np.float64)
+    totals = np.add.reduceat(values, starts)
+    whole = bool((values == np.floor(values)).all())
+    if whole:
+        return _judge_whole(np.minimum.reduceat(values, starts), np.diff(indptr)[filled], totals)
+    if _near_constant(np.add.reduceat(np.expm1(np.minimum(values, 50.0)), starts)) and values.max() < LARGEST_LOG:
+        return Verdict("", "has log-normalised values")
+    if _near_constant(totals):
+        if abs(np.median(totals) / 1e6 - 1) < 0.01 and not looks_scaled(indptr, values):
+            return Verdict(LENGTH_NORMALISED, "has totals of a million: TPM")
+        return Verdict("", f"has near-constant totals (about {np.median(totals):,.0f}): normalised values")
+    for name, back in (("log-normalised", np.expm1), ("normalised", np.asarray)):
+        if values.max() < 50 or name == "normalised":
+            scaled = looks_scaled(indptr, back(values))
+            if scaled:
+                return Verdict("", f"has {name} values: in each cell they are whole multiples of the smallest")
+    if values.max() < LARGEST_LOG and len(filled) >= FEWEST_CELLS:
+        return Verdict("", f"has fractions and no value over {values.max():.1f}: logarithms, it seems")
+    return Verdict(FRACTIONAL)
+
+
+def _judge_whole(smallest: Array, lengths: Array, totals: Array) -> Verdict:
+    if _near_constant(totals):
+        return Verdict("", f"has near-constant totals (about {np.median(totals):,.0f}): rounded normalised values")
+    enough = lengths >= ENOUGH_GENES
+    if enough.sum() >= FEWEST_CELLS and (smallest[enough] == 1).mean() < LEAST_WITH_ONES:
+        return Verdict("", "has whole numbers, but most cells lack the count 1: rounded normalised values")
+    return Verdict(UMI)
+
+
+def _near_constant(totals: Array) -> bool:
+    if len(totals) < FEWEST_CELLS:
+        return False
+    low, middle, high = np.percentile(totals, [25, 50, 75])
+    return bool(high - low < LEAST_SPREAD * middle)

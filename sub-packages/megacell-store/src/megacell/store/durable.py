@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either whole on disk or not there: hashing, flushing, renaming."""
+
+import os
+from pathlib import Path
+
+import xxhash
+
+HASHED_AT_ONCE = 1 << 22  # bytes; large enough that the calls cost nothing beside the hash
+TEMPORARY = ".tmp"  # ends the name of everything that is not yet whole
+
+
+def hash_file(path: Path) -> str:
+    """Return the XXH3-64 (seed 0) of a file's bytes as 16 lower-case hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(HASHED_AT_ONCE):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def flush_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_directory(path: Path) -> None:
+    """Wait until a directory's entries (new names, renames) are on the disk."""
+    flush_file(path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that its name, at any moment and after any crash, shows the old bytes or the new ones."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    move_into_place(temporary, path)
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename a flushed file, or a directory of flushed files, to its final name and flush the parent."""
+    if temporary.is_dir():
+        flush_directory(temporary)
+    os.replace(temporary, path)
+    flush_directory(path.parent)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hot path of reading: rows of many mapped shards copied into one CSR block by one compiled pass."""
+
+from typing import Any
+
+import numba
+import numpy as np
+from megacell.store.compiled import compiled
+from numba import types
+from numba.extending import intrinsic
+
+# One row of the shard table (int64): addresses of mapped arrays rather than the arrays themselves, because a
+# compiled function cannot take a list of arrays of different types without being compiled for every mixture.
+FIRST, CELLS, VALUES, INDPTR, INDICES, INDICES_KIND, COUNTS, COUNTS_KIND, POSITIONS, LARGE, OVERFLOWS = range(11)
+FIELDS = 11
+KINDS = {"uint8": 0, "uint16": 1, "uint32": 2, "float32": 3}
+
+
+def _pointer(name: str, numba_type: Any) -> Any:
+    """Make a compiled function that takes an address for a pointer to values of one type."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def cast(_context: Any, _address: Any) -> Any:
+        signature = types.CPointer(numba_type)(types.int64)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type), name=name)
+
+        return signature, generate
+
+    return cast
+
+
+_int64_at = _pointer("int64_at", types.int64)
+_uint8_at = _pointer("uint8_at", types.uint8)
+_uint16_at = _pointer("uint16_at", types.uint16)
+_uint32_at = _pointer("uint32_at", types.uint32)
+_float32_at = _pointer("float32_at", types.float32)
+
+
+@compiled
+def locate(cells: Any, first: Any, table: Any) -> tuple[Any, Any, Any, int]:
+    """Find each cell's shard and values.
+
+    Parameters
+    ----------
+    cells : int64 [n]
+        Within the store.
+    first : int64 [shards + 1]
+        Number of each shard's first cell; the last is the number of cells.
+    table : int64 [shards, FIELDS]
+
+    Returns
+    -------
+    indptr : int64 [n + 1]
+        Of the block to be made.
+    shard : int64 [n]
+    start : int64 [n]
+        Position of a cell's values within its shard.
+    bad : int
+        -1, or the shard whose own indptr leads outside its values.
+
+    """
+    n = len(cells)
+    indptr = np.zeros(n + 1, np.int64)
+    shard_of = np.empty(n, np.int64)
+    start_of = np.empty(n, np.int64)
+    for i in range(n):
+        shard = np.searchsorted(first, cells[i], side="right") - 1
+        pointers = numba.carray(_int64_at(table[shard, INDPTR]), table[shard, CELLS] + 1)
+        row = cells[i] - first[shard]
+        start, stop = pointers[row], pointers[row + 1]
+        if start < 0 or stop < start or stop > table[shard, VALUES]:
+            return indptr, shard_of, start_of, shard
+        shard_of[i] = shard
+        start_of[i] = start
+        indptr[i + 1] = indptr[i] + stop - start
+    return indptr, shard_of, start_of, -1
+
+
+@compiled
+def _copy_row(source: Any, start: int, out: Any, begin: int, end: int) -> None:
+    for k in range(end - begin):
+        out[begin + k] = source[start + k]
+
+
+@compiled
+def _put_large(table: Any, shard: int, start: int, counts: Any, begin: int, end: int) -> bool:
+    """Put the counts above 254 of one row into place; False if one that the row marks is missing."""
+    n = table[shard, OVERFLOWS]
+    positions = numba.carray(_int64_at(table[shard, POSITIONS]), n)
+    large = numba.carray(_uint32_at(table[shard, LARGE]), n)
+    at = np.int64(-1)
+    for k in range(begin, end):
+        if counts[k] == 255:
+            position = start + k - begin
+            if at < 0:
+                at = np.searchsorted(positions, position)
+            if at >= n or positions[at] != position:
+                return False
+            counts[k] = large[at]
+            at += 1
+    return True
+
+
+@compiled
+def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: int, genes: Any, counts: Any) -> int:
+    """Copy the rows that `locate` found.
+
+    Parameters
+    ----------
+    genes : int32 | uint16 | uint32 [nnz]
+        Filled.
+    counts : float32 [nnz]
+        Filled.
+
+    Returns
+    -------
+    int
+        -1, or the shard in which a gene number is too large or an overflow value is missing.
+
+    """
+    for i in range(len(shard_of)):
+        shard, start = shard_of[i], start_of[i]
+        begin, end = indptr[i], indptr[i + 1]
+        if begin == end:
+            continue
+        stop = start + end - begin
+        if table[shard, INDICES_KIND] == 1:
+            _copy_row(numba.carray(_uint16_at(table[shard, INDICES]), stop), start, genes, begin, end)
+        else:
+            _copy_row(numba.carray(_uint32_at(table[shard, INDICES]), stop), start, genes, begin, end)
+        kind = table[shard, COUNTS_KIND]
+        if kind == 0:
+            _copy_row(numba.carray(_uint8_at(table[shard, COUNTS]), stop), start, counts, begin, end)
+            if not _put_large(table, shard, start, counts, begin, end):
+                return shard
+        elif kind == 1:
+            _copy_row(numba.carray(_uint16_at(table[shard, COUNTS]), stop), start, counts, begin, end)
+        elif kind == 2:
+            _copy_row(numba.carray(_uint32_at(table[shard, COUNTS]), stop), start, counts, begin, end)
+        else:
+            _copy_row(numba.carray(_float32_at(table[shard, COUNTS]), stop), start, counts, begin, end)
+        # rows are sorted, so the last gene is the largest of a sound row; scipy trusts what it is given
+        if genes[end - 1] < 0 or genes[end - 1] >= n_genes:
+            return shard
+    return -1

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One writer a store: a lock by exclusive creation, which network file systems honour where flock fails."""
+
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megacell.store.errors import DataError
+
+NAME = ".lock"
+
+
+@contextmanager
+def writing(store: Path) -> Iterator[None]:
+    """Hold the store's lock; a lock whose process died on this machine is taken over.
+
+    Raises
+    ------
+    DataError
+        Another process, or one of another machine that cannot be asked, is writing.
+
+    """
+    lock = store / NAME
+    mine = json.dumps({**_self(), "token": secrets.token_hex(8)}).encode()
+    try:
+        _create(lock, mine)
+    except FileExistsError:
+        _take_over(lock, mine)
+    try:
+        yield
+    finally:
+        if lock.exists() and lock.read_bytes() == mine:
+            lock.unlink()
+
+
+def _create(path: Path, content: bytes) -> None:
+    """Create the lock with its content in one step: written beside, then linked, which fails where the name exists."""
+    temporary = path.with_name(f"{NAME}-{secrets.token_hex(8)}")
+    temporary.write_bytes(content)
+    try:
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
+
+
+def _take_over(lock: Path, mine: bytes) -> None:
+    """Replace the lock of a dead process.
+
+    Whoever creates the file named after the dead lock's token may replace it, so of several that find
+    the same dead lock one wins.
+    """
+    held = f"{lock.parent}: another conversion is writing here ({lock}); wait for it, or delete the lock if none runs"
+    try:
+        theirs = json.loads(lock.read_bytes())
+        token, dead = str(theirs["token"]), _is_dead(theirs)
+    except FileNotFoundError:
+        raise DataError(held) from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{lock}: not a lock of ours; delete it if no conversion is running") from None
+    if not dead:
+        raise DataError(held)
+    claim = lock.with_name(f"{NAME}-{token}.claimed")
+    try:
+        _create(claim, mine)
+    except FileExistsError:
+        if not _is_dead(json.loads(claim.read_bytes())):
+            raise DataError(held) from None
+        claim.unlink()
+        raise DataError(f"{lock.parent}: a conversion died while it started; run the command again") from None
+    temporary = lock.with_name(f"{NAME}-{secrets.token_hex(8)}")
+    temporary.write_bytes(mine)
+    os.replace(temporary, lock)
+    claim.unlink()
+
+
+def _self() -> dict[str, object]:
+    """Say which process this is: a process number means nothing on another machine or in another container."""
+    return {"where": _where(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _where() -> str:
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{socket.gethostname()} {namespace}".strip()
+
+
+def _started(pid: int) -> str:
+    """Return the time at which a process started, in the kernel's ticks, "" where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _is_dead(process: dict[str, object]) -> bool:
+    """True if the process surely ended: same machine, and its number is free or was given to a later process."""
+    pid = process["pid"]
+    if process["where"] != _where() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return _started(pid) != process["started"]

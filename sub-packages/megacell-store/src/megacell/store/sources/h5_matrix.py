@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A matrix of an HDF5 file, dense or sparse in either order, as blocks of rows.
+
+Whatever the layout, a block is ``(first row, indptr int64 [rows + 1], columns int32 [nnz], values float32|float64
+[nnz])``, the values in the file's order. Anonymous memory is bounded by a block, never by the matrix.
+"""
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from megacell.store.compiled import compiled
+from megacell.store.errors import DataError
+
+Array = np.ndarray[Any, Any]
+Block = tuple[int, Array, Array, Array]
+ROWS, VALUES = 1 << 14, 1 << 21  # a block's rows and values at most (one row is never cut)
+
+
+class Matrix(ABC):
+    """Reads one matrix. `place` names it in messages: "FILE: raw/X"."""
+
+    def __init__(self, node: Any, place: str) -> None:
+        self.node, self.place = node, place
+        self.shape: tuple[int, int] = (0, 0)
+
+    @abstractmethod
+    def blocks(self, start: int, stop: int, rows: int = ROWS) -> Iterator[Block]:
+        """Yield the rows from `start` up to `stop`, at most `rows` at a time."""
+
+    @abstractmethod
+    def sample(self, rows: Array) -> Block:
+        """Return the given ascending rows as one block (its first row is 0)."""
+
+    @abstractmethod
+    def stored(self) -> int:
+        """Return the number of values above zero, for a dense matrix about."""
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn what HDF5 says of a damaged file into an error that names file and place."""
+        try:
+            yield
+        except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{self.place}: cannot be read ({line}); the file is damaged, fetch it again") from error
+
+
+def open_matrix(node: Any, place: str, n_rows: int | None = None, n_columns: int | None = None) -> Matrix:
+    """Open a dataset or sparse group of an AnnData file.
+
+    Raises
+    ------
+    DataError
+        An encoding that is not known, or a shape that does not fit obs and var.
+
+    """
+    if isinstance(node, h5py.Dataset):
+        matrix: Matrix = Dense(node, place)
+    else:
+        encoding = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+        kind = {"csr_matrix": Csr, "csr": Csr, "csc_matrix": Csc, "csc": Csc}.get(encoding)
+        if kind is None:
+            raise DataError(f"{place}: encoding {encoding or 'unknown'!r} is not a matrix; write it with anndata again")
+        matrix = kind(node, place)
+    if (n_rows, n_columns) != (None, None) and matrix.shape != (n_rows, n_columns):
+        raise DataError(f"{place}: is {matrix.shape}, but obs and var say {(n_rows, n_columns)}; write the file again")
+    return matrix
+
+
+def _values(data: Array) -> Array:
+    """Return float32 as it is, all else as float64, which holds every count exactly."""
+    return data if data.dtype == np.float32 else data.astype(np.float64)
+
+
+class Dense(Matrix):
+    """A two-dimensional dataset."""
+
+    def __init__(self, node: Any, place: str) -> None:
+        super().__init__(node, place)
+        if len(node.shape) != 2 or node.dtype.kind not in "fiub":
+            raise DataError(f"{place}: a {node.dtype} array of {len(node.shape)} dimensions is no matrix of counts")
+        self.shape = (int(node.shape[0]), int(node.shape[1]))
+
+    def blocks(self, start: int, stop: int, rows: int = ROWS) -> Iterator[Block]:
+        step = max(1, min(rows, VALUES // max(1, self.shape[1])))
+        for first in range(start, stop, step):
+            with self.reading():
+                block = self.node[first : min(first + step, stop)]
+            yield (first, *self._sparse(block))
+
+    def sample(self, rows: Array) -> Block:
+        with self.reading():
+            runs = [self.node[a:b] for a, b in _runs(rows)]
+        return (0, *self._sparse(np.concatenate(runs) if runs else np.zeros((0, self.shape[1]), np.float32)))
+
+    def stored(self) -> int:
+        rows = np.unique(np.linspace(0, self.shape[0] - 1, 32).astype(np.int64))
+        return int(self.sample(rows)[1][-1] * self.shape[0] / max(1, len(rows)))
+
+    @staticmethod
+    def _sparse(block: Array) -> tuple[Array, Array, Array]:
+        row, column = np.nonzero(block)
+        indptr = np.zeros(len(block) + 1, np.int64)
+        np.cumsum(np.bincount(row, minlength=len(block)), out=indptr[1:])
+        return indptr, column.astype(np.int32), _values(block[row, column])
+
+
+class _Sparse(Matrix, ABC):
+    """What CSR and CSC share: three datasets, and the checks without which a compiled loop would read astray."""
+
+    def __init__(self, node: Any, place: str) -> None:
+        super().__init__(node, place)
+        with self.reading():
+            shape = node.attrs["shape"] if "shape" in node.attrs else node.attrs["h5sparse_shape"]
+            self.indptr, self.indices, self.data = node["indptr"], node["indices"], node["data"]
+            self.shape = (int(shape[0]), int(shape[1]))
+            if self.data.dtype.kind not in "fiub" or self.indices.dtype.kind not in "iu":
+                raise ValueError(f"values of type {self.data.dtype}")
+            if len(self.indices) != len(self.data):
+                raise ValueError(f"{len(self.indices)} indices for {len(self.data)} values")
+
+    def stored(self) -> int:
+        return len(self.data)
+
+    def _pointers(self, start: int, stop: int) -> Array:
+        """Return indptr[start:stop + 1] as int64, checked."""
+        with self.reading():
+            pointers = self.indptr[start : stop + 1].astype(np.int64)
+            if len(pointers) != stop - start + 1:
+                raise ValueError(f"indptr of {len(self.indptr)} entries for a matrix of {self.shape}")
+            if pointers[0] < 0 or (np.diff(pointers) < 0).any() or pointers[-1] > len(self.data):
+                raise ValueError("indptr does not fit the values")
+        return pointers
+
+    def _read(self, low: int, high: int, most: int) -> tuple[Array, Array]:
+        """Return indices as int32 in 0 … most - 1 and values, from position `low` up to `high`."""
+        with self.reading():
+            indices, values = self.indices[low:high], _values(self.data[low:high])
+            if len(indices) and (indices.min() < 0 or indices.max() >= most):
+                raise ValueError(f"an index outside 0 … {most - 1}")
+        return indices.astype(np.int32, copy=False), values
+
+
+class Csr(_Sparse):
+    """Compressed rows."""
+
+    def blocks(self, start: int, stop: int, rows: int = ROWS) -> Iterator[Block]:
+        for begin in range(start, stop, ROWS):
+            pointers = self._pointers(begin, min(begin + ROWS, stop))
+            first = 0
+            while first < len(pointers) - 1:
+                last = int(np.searchsorted(pointers, pointers[first] + VALUES, side="right")) - 1
+                last = min(max(last, first + 1), first + rows, len(pointers) - 1)
+                columns, values = self._read(pointers[first], pointers[last], self.shape[1])
+                yield begin + first, pointers[first : last + 1] - pointers[first], columns, values
+                first = last
+
+    def sample(self, rows: Array) -> Block:
+        return 0, *_join([block for a, b in _runs(rows) for block in self.blocks(a, b)])
+
+
+class Csc(_Sparse):
+    """Compressed columns: rows are counted, then scattered into temporary memory-mapped files."""
+
+    def blocks(self, start: int, stop: int, rows: int = ROWS) -> Iterator[Block]:
+        lengths = np.zeros(stop - start, np.int64)
+        for _, indices, _ in self._stream(with_values=False):
+            _count(indices, start, lengths)
+        indptr = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=indptr[1:])
+        with tempfile.TemporaryDirectory(prefix="megacell-csc-") as folder:
+            dtype = np.float32 if self.data.dtype == np.float32 else np.float64
+            columns = _spool(Path(folder) / "columns", np.dtype(np.int32), int(indptr[-1]))
+            values = _spool(Path(folder) / "values", np.dtype(dtype), int(indptr[-1]))
+            free = indptr[:-1].copy()
+            for pointers, indices, data in self._stream(with_values=True):
+                _scatter(pointers, indices, data, start, free, columns, values)
+            first = 0
+            while first < len(lengths):
+                last = int(np.searchsorted(indptr, indptr[first] + VALUES, side="right")) - 1
+                last = min(max(last, first + 1), first + rows, len(lengths))
+                low, high = indptr[first], indptr[last]
+                block = indptr[first : last + 1] - low
+                yield start + first, block, np.array(columns[low:high]), np.array(values[low:high])
+                first = last
+
+    def sample(self, rows: Array) -> Block:
+        number = np.full(self.shape[0], -1, np.int32)
+        number[rows] = np.arange(len(rows), dtype=np.int32)
+        parts = []
+        for (first, pointers), indices, data in self._stream(with_values=True):
+            taken = number[indices] >= 0
+            column = first + np.searchsorted(pointers, np.flatnonzero(taken), side="right") - 1
+            parts.append((number[indices[taken]], column.astype(np.int32), data[taken]))
+        row = np.concatenate([p[0] for p in parts]) if parts else np.zeros(0, np.int32)
+        order = np.argsort(row, kind="stable")
+        indptr = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(np.bincount(row, minlength=len(rows)), out=indptr[1:])
+        columns = np.concatenate([p[1] for p in parts])[order] if parts else np.zeros(0, np.int32)
+        values = np.concatenate([p[2] for p in parts])[order] if parts else np.zeros(0, np.float64)
+        return 0, indptr, columns, values
+
+    def _stream(self, *, with_values: bool) -> Iterator[tuple[tuple[int, Array], Array, Array]]:
+        """Yield pieces of the stored values: (first column, where each column ends within the piece), rows, values.
+
+        The piece's k-th column number is ``first + searchsorted(pointers, k, "right") - 1``.
+        """
+        pointers = self._pointers(0, self.shape[1])
+        empty = np.zeros(0, np.float32)
+        for low in range(int(pointers[0]), int(pointers[-1]), VALUES):
+            high = min(low + VALUES, int(pointers[-1]))
+            first = int(np.searchsorted(pointers, low, side="right")) - 1
+            last = int(np.searchsorted(pointers, high, side="left"))
+            if with_values:
+                indices, values = self._read(low, high, self.shape[0])
+            else:
+                with self.reading():
+                    indices, values = self.indices[low:high], empty
+                    if indices.min() < 0 or indices.max() >= self.shape[0]:
+                        raise ValueError(f"an index outside 0 … {self.shape[0] - 1}")
+                indices = indices.astype(np.int32, copy=False)
+            yield (first, np.maximum(pointers[first : last + 1] - low, 0)), indices, values
+
+
+@compiled
+def _count(rows: Any, start: int, lengths: Any) -> None:
+    for k in range(len(rows)):
+        row = rows[k] - start
+        if 0 <= row < len(lengths):
+            lengths[row] += 1
+
+
+@compiled
+def _scatter(pointers: Any, rows: Any, data: Any, start: int, free: Any, columns: Any, values: Any) -> None:
+    column, starts = pointers
+    c = 0
+    for k in range(len(rows)):
+        while c + 1 < len(starts) and starts[c + 1] <= k:
+            c += 1
+        row = rows[k] - start
+        if 0 <= row < len(free):
+            at = free[row]
+            columns[at] = column + c
+            values[at] = data[k]
+            free[row] = at + 1
+
+
+def _spool(path: Path, dtype: np.dtype[Any], length: int) -> Array:
+    """Return a temporary mapped array whose room on disk is reserved: a full disk is an error, not a bus error."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, max(1, length * dtype.itemsize))
+        else:  # macOS
+            for low in range(0, length, VALUES):
+                file.write(bytes(min(VALUES, length - low) * dtype.itemsize))
+    return np.memmap(path, dtype, "r+", shape=(length,)).view(np.ndarray) if length else np.zeros(0, dtype)
+
+
+def _runs(rows: Array) -> list[tuple[int, int]]:
+    """Return ascending numbers as runs (start, stop)."""
+    if not len(rows):
+        return []
+    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, cuts)]
+
+
+def _join(blocks: list[Block]) -> tuple[Array, Array, Array]:
+    """Return several blocks as one."""
+    if not blocks:
+        return np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+    lengths = np.concatenate([np.diff(block[1]) for block in blocks])
+    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    return indptr, np.concatenate([b[2] for b in blocks]), np.concatenate([b[3] for b in blocks])
