@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention within each cell of a pack, as Megatron's core attention.
+
+Shapes: T tokens of the pack, H heads of this tensor parallel rank, D size of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, dropout: float) -> str:
+    """Name the fastest attention that is exact here.
+
+    ``sequences``: SDPA a cell at a time (CPU). ``varlen``: torch's variable-length flash kernel (CUDA, 16 bit, no
+    dropout: it has none). ``nested``: SDPA over a jagged nested tensor (CUDA otherwise).
+    """
+    if device.type == "cpu":
+        return "sequences"
+    return "varlen" if dtype in (torch.bfloat16, torch.float16) and dropout == 0 else "nested"
+
+
+def _sequences(query, key, value, packed: PackedSeqParams, dropout: float):
+    bounds = packed.cu_seqlens_q.tolist()
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [H, T, D]
+    cells = [
+        F.scaled_dot_product_attention(q[None, :, a:b], k[None, :, a:b], v[None, :, a:b], dropout_p=dropout)
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    return torch.cat(cells, dim=2)[0].transpose(0, 1)
+
+
+def _nested(query, key, value, packed: PackedSeqParams, dropout: float):
+    offsets, longest = packed.cu_seqlens_q.long(), packed.max_seqlen_q
+    q, k, v = (
+        torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()
+
+
+def _varlen(query, key, value, packed: PackedSeqParams, dropout: float):
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest)
+
+
+BACKENDS = {"sequences": _sequences, "nested": _nested, "varlen": _varlen}
+
+
+class PackedAttention(MegatronModule):
+    """Full attention inside each cell and none between cells; stands in Megatron's ``core_attention`` slot."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, **kwargs):
+        super().__init__(config)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedSeqParams, **kwargs):
+        """Attend.
+
+        Parameters
+        ----------
+        query, key, value : Tensor [T, H, D]
+        attention_mask : None
+            The cells' bounds stand in ``packed_seq_params`` instead.
+        packed_seq_params : PackedSeqParams
+
+        Returns
+        -------
+        Tensor [T, H * D]
+
+        """
+        dropout = self.dropout if self.training else 0.0
+        attend = BACKENDS[choose_backend(query.device, query.dtype, dropout)]
+        if dropout:
+            with get_cuda_rng_tracker().fork():  # each tensor parallel rank drops in its own heads
+                out = attend(query, key, value, packed_seq_params, dropout)
+        else:
+            out = attend(query, key, value, packed_seq_params, 0.0)
+        return out.reshape(out.shape[0], -1)
