@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretraining under NeMo: entry, module, Megatron strategy, checkpoints, metrics."""

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where Megatron-core runs: its CUDA calls answered on the CPU where there is no GPU, process groups, random state.
+
+Megatron names "cuda" in factory calls and asks ``torch.cuda`` for its device. Inside ``megatron()`` these are answered
+for the CPU, so that the code path of a GPU is the one that is tested without one; outside of it nothing is changed.
+"""
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+_NOISE = (  # said by Megatron and torch at every start, and nothing that a user of ours can mend
+    "Apex is not installed",
+    "full scope is deprecated",
+    "When using async grad allreduce",
+    r"`torch.distributed\.\w+` is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    "Converting a tensor with requires_grad=True",
+)
+
+
+def device() -> torch.device:
+    """Return the device of this process: its current CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+class _CudaOnCpu(TorchFunctionMode):
+    """Factory calls that name a CUDA device, ``.cuda()`` and ``.type()`` are answered for the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs and (named := kwargs.get("device")) is not None and (
+            isinstance(named, int) or torch.device(named).type == "cuda"
+        ):  # fmt: skip
+            kwargs = {**kwargs, "device": "cpu"}
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and len(args) == 1 and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.")  # Megatron's optimizer asserts on this name
+        return result
+
+
+@contextlib.contextmanager
+def megatron() -> Iterator[None]:
+    """Run Megatron-core's code inside on this machine's device; on a machine with a GPU it changes nothing."""
+    with contextlib.ExitStack() as stack:
+        if not torch.cuda.is_available():
+            stack.enter_context(mock.patch("torch.cuda.current_device", lambda: torch.device("cpu")))
+            stack.enter_context(mock.patch("torch.cuda.synchronize", lambda *args, **kwargs: None))
+            stack.enter_context(_CudaOnCpu())
+        stack.enter_context(warnings.catch_warnings())
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """Enter ``megatron()`` with process groups of one, for a model used outside of training."""
+    with megatron():
+        from megatron.core import parallel_state
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel()
+        yield
+
+
+class _CpuTracker:
+    """Megatron's tracker of the tensor parallel random state, over the CPU's generator."""
+
+    def __init__(self) -> None:
+        self.state = torch.get_rng_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str | None = None) -> Iterator[None]:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+
+def _key(*words: object) -> int:
+    digest = hashlib.sha256(":".join(map(str, words)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 2  # torch takes 63 bits, and Megatron adds to it
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Set the random state (dropout) as a function of (seed, step, rank), so that no state has to be saved.
+
+    Ranks of one tensor parallel group share the state outside of attention, where they hold copies of the same
+    activations, and differ inside of it, where each has heads of its own.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random
+
+    copies = _key(seed, step, "data", parallel_state.get_data_parallel_rank())
+    heads = _key(copies, "tensor", parallel_state.get_tensor_model_parallel_rank())
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(copies)
+        tracker = random.get_cuda_rng_tracker()
+        tracker.reset()
+        tracker.add(random._MODEL_PARALLEL_RNG_TRACKER_NAME, heads)
+        return
+    torch.manual_seed(heads)
+    random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = _CpuTracker(), True
+    torch.manual_seed(copies)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts a run's processes on this machine through torchrun's agent, and passes on the signals that end it."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import uuid
+
+INTERRUPTED = 75  # exit code after a signal: a checkpoint was saved, resume=true goes on (sysexits' EX_TEMPFAIL)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def started_by_launcher() -> bool:
+    """Return whether torchrun, srun or this module started this process as one rank of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def world_size(devices: int) -> int:
+    """Return the number of ranks: the launcher's, or ``devices``."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return max(devices, int(os.environ.get("SLURM_NTASKS", "1")))
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent dies, so that a killed run leaves none behind (Linux)."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _children() -> list[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
+
+
+def _forward(number: int, frame: object) -> None:
+    for pid in _children():
+        os.kill(pid, number)
+
+
+def launch(devices: int, overrides: list[str]) -> int:
+    """Run ``megacell pretrain`` in ``devices`` processes and return their exit code.
+
+    The agent's own answer to a signal (wait 30 s, then kill) would cut a save short: it leaves them to us, and
+    the ranks end themselves once their checkpoint stands. A rank that dies ends the others.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables; a rank says why it ended
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+        signals_to_handle="SIGQUIT",
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    previous = {number: signal.signal(number, _forward) for number in _FORWARDED}
+    try:
+        command = ("-m", "megacell.store.cli", "pretrain", *overrides)
+        elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        if code < 0:
+            print(f"megacell pretrain: a rank was ended by {signal.Signals(-code).name}", file=sys.stderr)
+        return code if code > 0 else 1
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 0

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network under NeMo: a ModelPT whose training step is one optimizer step over a list of micro-batches."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megacell.geneformer.batches import MicroBatch
+from megacell.geneformer.interchange.nemo import NemoArchive
+from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.training import device
+from megacell.geneformer.vocabulary import Vocabulary
+from nemo.core import ModelPT
+from nemo.utils.app_state import AppState
+from omegaconf import DictConfig, OmegaConf
+
+TARGET = "nemo.core.classes.modelPT.ModelPT"  # NeMo 3 refuses a .nemo whose target lies outside its own packages
+
+
+class GeneformerModel(ModelPT):
+    """A Geneformer. With a trainer it is built when training sets it up; without one at once, to be used or restored.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        ``model`` (the sizes of ``ModelConfig``), ``precision``.
+    trainer : lightning.pytorch.Trainer, optional
+    run : megacell.geneformer.training.pretrain.Run, optional
+        What a training run adds: data, checkpoints, metrics.
+
+    """
+
+    def __init__(self, cfg: DictConfig, trainer=None, run=None):
+        cfg = OmegaConf.create({**OmegaConf.to_container(cfg, resolve=True), "target": TARGET})
+        super().__init__(cfg, trainer)
+        self.automatic_optimization = False
+        self.sizes = ModelConfig.of(OmegaConf.to_container(cfg.network))
+        self.bert = self.engine = None
+        self.vocabulary = None
+        self.run = run
+        if trainer is None:
+            if self._is_model_being_restored():
+                self.vocabulary = Vocabulary.open(Path(AppState().nemo_file_folder) / "vocabulary")
+            with device.single_process():
+                self.build()
+
+    def build(self) -> None:
+        """Make the network on this rank, its weights still to be filled."""
+        from megacell.geneformer.model.bert import PackedBert
+
+        if self.bert is None:
+            tensor = self.run.cfg.parallel.tensor if self.run else 1
+            self.bert = PackedBert(self.sizes, tensor_parallel_size=tensor, precision=self.cfg.precision)
+            if self.run:
+                self.run.fill(self.bert)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the whole weights on the CPU, by name; of a model in one process."""
+        return {k: v.cpu() for k, v in self.state_dict().items() if isinstance(v, torch.Tensor)}
+
+    def save_to(self, save_path: str) -> None:
+        """Write a .nemo file."""
+        self._save_restore_connector = NemoArchive()
+        super().save_to(save_path)
+
+    @classmethod
+    def restore_from(cls, restore_path: str, *args, save_restore_connector=None, **kwargs) -> "GeneformerModel":
+        """Restore a .nemo file in this one process, as NeMo's ``ModelPT.restore_from``; the vocabulary comes with it."""
+        from megacell.geneformer.interchange.nemo import check_archive
+
+        check_archive(Path(restore_path))
+        with device.single_process():
+            return super().restore_from(
+                restore_path, *args, save_restore_connector=save_restore_connector or NemoArchive(), **kwargs
+            )
+
+    def make_engine(self) -> None:
+        """Put the network under Megatron's DDP and optimizer; called when it lies on its device."""
+        from megacell.geneformer.training.engine import Engine
+
+        self.engine = Engine(self.run.cfg, self.bert)
+
+    def ready(self) -> None:
+        """Load the checkpoint that the run goes on from; called once DDP and the optimizer stand."""
+        self.run.restore(self)
+
+    def train_dataloader(self):
+        """Return this rank's steps that are still to be done."""
+        return self.run.steps()
+
+    def transfer_batch_to_device(self, batch: list[MicroBatch], where: torch.device, dataloader_idx: int):
+        """Move the micro-batches of a step."""
+        from megacell.geneformer.model.bert import Pack
+
+        self.run.measure.start_step(batch)
+        return [Pack.of(micro_batch, where) for micro_batch in batch]
+
+    def training_step(self, packs, index: int) -> None:
+        """One optimizer step; sums of loss and counts are reduced over the ranks once."""
+        run = self.run
+        device.seed_step(run.cfg.seed, run.step)
+        result = self.engine.train_step(packs)
+        run.step += 1
+        # Lightning counts steps by its own optimizers; this is where it looks
+        self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = run.step
+        run.after_step(self, result)
+
+    @torch.no_grad()
+    def held_out_loss(self) -> tuple[float, int]:
+        """Return the mean loss in nats over the held-out cells' masked genes, and their number; over all ranks."""
+        from megacell.geneformer.model.bert import Pack
+        from megatron.core import parallel_state
+
+        self.bert.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in self.run.held_out():
+            packs = [Pack.of(micro_batch, self.device) for micro_batch in batch]
+            if packs:
+                sums += torch.tensor(self.engine.forward_backward(packs, forward_only=True), device=self.device)
+        self.bert.train()
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        return float(sums[0] / sums[1]), int(sums[1])
+
+    def configure_optimizers(self) -> None:
+        """Nothing here: the strategy makes Megatron's optimizer once its DDP stands."""
+
+    def setup_training_data(self, train_data_config) -> None:
+        """Nothing here: a run brings its data."""
+
+    def setup_validation_data(self, val_data_config) -> None:
+        """Nothing here: a run brings its data."""
+
+    @classmethod
+    def list_available_models(cls):
+        """Return None: weights come from runs and files."""
+        return None

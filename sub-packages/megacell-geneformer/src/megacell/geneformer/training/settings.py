@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's settings: composed by Hydra from configs/ and the command line, and checked before anything starts."""
+
+from pathlib import Path
+
+from megacell.geneformer.model.config import PRECISIONS, ModelConfig
+from megacell.store.errors import UsageError
+from omegaconf import DictConfig, OmegaConf
+
+SAVED = "config.yaml"  # in the run folder: what the run was started with
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def config_dir() -> Path:
+    """Return the folder of Hydra's YAML: inside the installed package, or at the root of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", *(p / "configs" for p in package.parents)):
+        if (folder / "pretrain.yaml").is_file():
+            return folder
+    raise UsageError(f"{package}: no configs folder beside or above it: install Megacell again")
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """Compose a run's settings; with ``resume=true`` on top of what the run was started with.
+
+    Parameters
+    ----------
+    overrides : list of str
+        Hydra's: ``store=STORE``, ``model=tiny``, ``optim.lr=3e-4``.
+
+    Raises
+    ------
+    UsageError
+        For an unknown option, a missing or malformed value, or sizes that do not fit.
+
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = hydra_compose("pretrain", overrides)
+        if cfg.resume and OmegaConf.is_missing(cfg, "out"):
+            raise UsageError("resume=true needs out=RUN, the run to go on with")
+        if cfg.resume and (saved := Path(cfg.out) / SAVED).is_file():
+            kept = OmegaConf.load(saved)
+            given = [o for o in overrides if _key(o) not in ("resume", "out")]
+            groups = [_key(o) for o in given if (config_dir() / _key(o)).is_dir()]
+            if groups:
+                raise UsageError(
+                    f"{groups[0]}=…: a run that goes on keeps its {groups[0]}; start a new one with init={cfg.out}"
+                )
+            cfg = OmegaConf.merge(kept, OmegaConf.from_dotlist(given), {"resume": True, "out": cfg.out})
+        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    OmegaConf.set_struct(cfg, True)
+    _check(cfg)
+    return cfg
+
+
+def _check(cfg: DictConfig) -> None:
+    positive = ("steps", "devices", "batch.cells", "batch.tokens", "validation.every", "validation.cells",
+                "checkpoint.every", "checkpoint.keep", "log_every", "parallel.tensor", "data.prefetch")  # fmt: skip
+    for name in positive:
+        value = OmegaConf.select(cfg, name)
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"{name}={value}: must be a whole number of at least 1")
+    if cfg.precision not in PRECISIONS:
+        raise UsageError(f"precision={cfg.precision}: choose one of {', '.join(PRECISIONS)}")
+    if cfg.optim.schedule not in SCHEDULES:
+        raise UsageError(f"optim.schedule={cfg.optim.schedule}: choose one of {', '.join(SCHEDULES)}")
+    if not 0 <= cfg.optim.warmup < cfg.steps:
+        raise UsageError(f"optim.warmup={cfg.optim.warmup}: must be at least 0 and under steps={cfg.steps}")
+    model_config(cfg, vocabulary_size=1).check_parallel(cfg.parallel.tensor)
+
+
+def model_config(cfg: DictConfig, vocabulary_size: int) -> ModelConfig:
+    """Return the network that the settings describe, for a vocabulary of this size."""
+    sizes = OmegaConf.to_container(cfg.model)
+    assert isinstance(sizes, dict)
+    return ModelConfig.of({**sizes, "vocabulary_size": vocabulary_size})
+
+
+def check_ranks(cfg: DictConfig, ranks: int) -> None:
+    """Raise UsageError if the settings cannot be spread over this many ranks."""
+    if ranks % cfg.parallel.tensor:
+        raise UsageError(
+            f"parallel.tensor={cfg.parallel.tensor} does not divide the {ranks} rank(s): set devices={cfg.parallel.tensor} or a multiple"
+        )
+    copies = ranks // cfg.parallel.tensor
+    if cfg.batch.cells < copies:
+        raise UsageError(f"batch.cells={cfg.batch.cells} is under the {copies} data parallel ranks: raise it")
