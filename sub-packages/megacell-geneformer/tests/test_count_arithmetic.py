@@ -123,16 +123,17 @@ def test_equal_values_are_told_apart_by_ascending_token_as_the_rank_encoding_ord
     np.testing.assert_allclose(nats, [0], atol=1e-12)  # 1, 2 and 3 have one value; between 1 and 3 only 2 fits
 
 
-def test_a_random_gene_is_decoded_as_random_and_leaves_its_neighbours_bounds_alone():
-    medians = np.arange(1.0, 31)
-    cells = [rank(np.arange(30), np.ones(30), medians)] * 50
-    arithmetic = fit(cells, medians, ArithmeticSettings(max_count=3, fallback_share=0.01))
-    true = cells[0][0]
+@pytest.mark.parametrize("random_at", [9, 11], ids=["before", "after"])
+def test_a_random_gene_next_to_a_masked_one_is_passed_over_for_the_next_honest_bound(random_at):
+    medians = np.arange(1.0, 41)
+    train = [rank(np.arange(40), np.ones(40), medians)] * 50
+    arithmetic = fit(train, medians, ArithmeticSettings(max_count=3, fallback_share=0.01))
+    true = np.setdiff1d(np.arange(40), [2, 4, 6, 30, 32, 34, 36]) + OFFSET  # those fit nowhere near the masked position
     shown = true.copy()
-    shown[9] = 28 + OFFSET  # far out of order, right before the masked position
-    at_10 = np.arange(30) == 10
-    nats = arithmetic.nats(shown, true, at_10, at_10, np.array([0, 30]))
-    assert np.exp(-nats[0]) > 0.4  # gene 9, replaced and hence unseen, fits as well as gene 10; none else does
+    shown[random_at] = (36 if random_at == 9 else 2) + OFFSET  # far out of order
+    at_10 = np.arange(len(true)) == 10
+    nats = arithmetic.nats(shown, true, at_10, at_10, np.array([0, len(true)]))
+    assert 0.45 < np.exp(-nats[0]) < 0.55  # the gene that the random one stands for fits as well, and none else does
 
 
 @pytest.mark.parametrize("shows_mask", [True, False], ids=["where <mask> is shown", "where a gene is shown"])
