@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Geneformer-style pretraining on a Megacell store: vocabulary, rank value encoding, batches, model, training."""
+
+import importlib
+from typing import Any
+
+_HOMES = {  # public name → module; imported when first asked for (PEP 562), so that importing the package costs nothing
+    "BatchStream": "batches",
+    "MaskSettings": "masking",
+    "MicroBatch": "batches",
+    "RankEncoder": "ranking",
+    "Split": "split",
+    "SplitSettings": "split",
+    "Vocabulary": "vocabulary",
+    "build_vocabulary": "medians",
+    "check_coverage": "vocabulary",
+    "import_geneformer": "geneformer_pickles",
+    "rank_encode": "ranking",
+    "split_cells": "split",
+    "token_lengths": "lengths",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From cells in the store to micro-batches: gathered, ranked, packed and masked in a few compiled passes.
+
+``BatchStream.step(k)`` is a pure function of k: which cells, which of them are this rank's, their tokens and masks
+follow from the seed alone, so a run may be resumed at any step, and with another number of ranks.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from megacell.geneformer.compiling import compiled
+from megacell.geneformer.masking import TRAINING, VALIDATION, MaskSettings, mask_cells, stream_key
+from megacell.geneformer.order import global_batch, micro_batches, share_out
+from megacell.geneformer.ranking import RankEncoder
+from megacell.geneformer.vocabulary import Vocabulary
+from megacell.store import CellStore
+from megacell.store.errors import DataError, MegacellError, UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Packed cells (C cells, T tokens, M of them chosen for prediction).
+
+    Attributes
+    ----------
+    tokens : np.ndarray, int64 [T]
+        Cell after cell without padding between; T is rounded up with pad tokens at the end.
+    positions : np.ndarray, int64 [T]
+        Place of each token within its cell, 0 for pad tokens.
+    cu_seqlens : np.ndarray, int32 [C + 1 or C + 2]
+        Sequence i is ``tokens[cu_seqlens[i]:cu_seqlens[i + 1]]``; pad tokens, if any, are one last sequence.
+    max_seqlen : int
+        Longest sequence, the pad tokens' included.
+    masked : np.ndarray, int64 [M]
+        Places in ``tokens`` that were chosen, ascending, whatever became of the token.
+    labels : np.ndarray, int64 [M]
+        The tokens that stood there.
+    cells : np.ndarray, int64 [C]
+        Global cell numbers.
+    n_tokens : int
+        Real tokens: T without pad tokens.
+
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    cu_seqlens: np.ndarray
+    max_seqlen: int
+    masked: np.ndarray
+    labels: np.ndarray
+    cells: np.ndarray
+    n_tokens: int
+
+
+@compiled
+def _number_positions(cu_lengths, positions):
+    for i in range(len(cu_lengths) - 1):
+        row = positions[cu_lengths[i] : cu_lengths[i + 1]]
+        for j in range(len(row)):
+            row[j] = j
+    for i in range(cu_lengths[-1], len(positions)):
+        positions[i] = 0
+
+
+class Packer:
+    """Makes micro-batches from rows of counts.
+
+    Parameters
+    ----------
+    encoder : RankEncoder
+    masking : MaskSettings
+    multiple_of : int
+        The pack's length is rounded up to a multiple of this.
+
+    """
+
+    def __init__(self, encoder: RankEncoder, masking: MaskSettings, multiple_of: int = 1) -> None:
+        vocabulary = encoder.vocabulary
+        self.encoder, self.multiple_of = encoder, multiple_of
+        self._thresholds = masking.thresholds()
+        self._mask_token = vocabulary.specials["mask"]
+        self._gene_tokens = vocabulary.gene_tokens
+        self._is_gene = np.zeros(vocabulary.size, bool)
+        self._is_gene[self._gene_tokens] = True
+
+    def pack(
+        self, rows: tuple[np.ndarray, np.ndarray, np.ndarray], cells: np.ndarray, keys: np.ndarray | None = None
+    ) -> MicroBatch:
+        """Rank, pack and mask.
+
+        Parameters
+        ----------
+        rows : (indptr, genes, counts)
+            As `RankEncoder.encode` takes them.
+        cells : int64 [C]
+            The rows' global cell numbers.
+        keys : uint32 [C, 2], optional
+            `stream_key` of each; without, nothing is masked.
+
+        """
+        tokens, cu_lengths = self.encoder.encode(*rows, dtype=np.int64, multiple_of=self.multiple_of)
+        n_tokens, longest = int(cu_lengths[-1]), int(np.diff(cu_lengths).max(initial=0))
+        positions = np.empty_like(tokens)
+        _number_positions(cu_lengths, positions)
+        masked, labels = np.empty(n_tokens, np.int64), np.empty(n_tokens, np.int64)
+        chosen = 0
+        if keys is not None:
+            words, room = np.empty(longest + 4, np.uint32), np.empty(longest + 4, np.int64)
+            lists = (self._thresholds, self._gene_tokens, self._is_gene, self._mask_token)
+            chosen = mask_cells(tokens, cu_lengths, cells, keys, *lists, words, room, masked, labels)
+        ends = cu_lengths if n_tokens == len(tokens) else np.append(cu_lengths, len(tokens))
+        return MicroBatch(
+            tokens=tokens,
+            positions=positions,
+            cu_seqlens=ends.astype(np.int32),
+            max_seqlen=max(longest, len(tokens) - n_tokens),
+            masked=masked[:chosen].copy(),
+            labels=labels[:chosen].copy(),
+            cells=cells,
+            n_tokens=n_tokens,
+        )
+
+
+class BatchStream:
+    """The endless sequence of global batches, as one rank sees it.
+
+    Parameters
+    ----------
+    store : CellStore
+    vocabulary : Vocabulary
+    cells : int64 [n]
+        The cells to go through, by global number; those without a known gene are passed over.
+    lengths : uint16 [cells of the store]
+        From `token_lengths`.
+    max_length : int
+        Longest cell in tokens, specials included.
+    global_batch : int
+        Cells of one step, over all ranks.
+    token_budget : int
+        Most real tokens of one micro-batch.
+    multiple_of : int, default 64
+        A micro-batch's length is rounded up to a multiple of this.
+    seed : int
+    rank, ranks : int
+        Data-parallel ranks.
+    masking : MaskSettings
+    validation : bool, default False
+        Cells in their own order, masks from the validation stream's epoch 0, the last batch short: the same at every
+        validation. Without it cells are shuffled anew in each epoch, and batches run on over the end of one.
+
+    Attributes
+    ----------
+    skipped : int
+        Cells passed over because the vocabulary knows none of their genes.
+
+    Raises
+    ------
+    UsageError
+        A global batch smaller than the ranks; a budget below max_length; a rank outside the ranks.
+    DataError
+        No cell to go through.
+
+    """
+
+    def __init__(
+        self,
+        store: CellStore,
+        vocabulary: Vocabulary,
+        cells: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        max_length: int,
+        global_batch: int,
+        token_budget: int,
+        multiple_of: int = 64,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        masking: MaskSettings | None = None,
+        validation: bool = False,
+    ) -> None:
+        if global_batch < ranks:
+            raise UsageError(
+                f"global_batch {global_batch} is smaller than the number of data-parallel ranks {ranks}; raise it"
+            )
+        if token_budget < max_length:
+            raise UsageError(f"token_budget {token_budget} does not hold a cell of max_length {max_length}; raise it")
+        if not 0 <= rank < ranks:
+            raise UsageError(f"rank {rank} is not one of {ranks} ranks")
+        if len(lengths) != len(store):
+            raise DataError(f"{store.path}: {len(lengths)} token lengths for {len(store)} cells; count them again")
+        encoder = RankEncoder(store.gene_ids, store.symbols, vocabulary, max_length)
+        cells = np.asarray(cells, np.int64)
+        self.cells = cells[lengths[cells] > 0]
+        self.skipped = len(cells) - len(self.cells)
+        if not len(self.cells):
+            what = "held out" if validation else "to train on"
+            raise DataError(
+                f"{store.path}: no cell {what} has a gene that vocabulary {vocabulary.name} knows; check both"
+            )
+        self.store, self.lengths = store, lengths
+        self.global_batch, self.token_budget, self.seed = global_batch, token_budget, seed
+        self.rank, self.ranks, self.validation = rank, ranks, validation
+        self._packer = Packer(encoder, masking or MaskSettings(), multiple_of)
+        stream_key(seed, 0, TRAINING)  # a wrong seed is refused here, not at the first step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every cell has been seen once; the last one may run on into the next epoch."""
+        return -(-len(self.cells) // self.global_batch)
+
+    def step(self, k: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of global batch ``k``.
+
+        In training every rank has at least one. Of the last, short batch of a validation a rank may have none.
+
+        Raises
+        ------
+        DataError
+            A cell could not be read or does not fit its recorded length; names the cells.
+        UsageError
+            A step below 0, or beyond the end of a validation.
+
+        """
+        if k < 0 or (self.validation and k >= self.steps_per_epoch):
+            raise UsageError(f"step {k} is outside the {self.steps_per_epoch} steps of a validation, or below 0")
+        cells, epochs = self._global_batch(k)
+        lengths = self._packer.encoder.input_lengths(self.lengths[cells])
+        mine = np.flatnonzero(share_out(lengths, self.ranks) == self.rank)
+        parts = [mine[part] for part in micro_batches(lengths[mine], self.token_budget)]
+        return [self._micro_batch(k, cells[part], epochs[part], lengths[part]) for part in parts]
+
+    def _global_batch(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the global numbers of a step's cells and the epoch of each, int64."""
+        if self.validation:
+            cells = self.cells[k * self.global_batch : (k + 1) * self.global_batch]
+            return cells, np.zeros(len(cells), np.int64)
+        which, epochs = global_batch(k, self.global_batch, len(self.cells), self.seed)
+        return self.cells[which], epochs
+
+    def _micro_batch(self, k: int, cells: np.ndarray, epochs: np.ndarray, lengths: np.ndarray) -> MicroBatch:
+        stream = VALIDATION if self.validation else TRAINING
+        seen, which = np.unique(epochs, return_inverse=True)
+        keys = np.stack([stream_key(self.seed, int(epoch), stream) for epoch in seen])[which]
+        try:
+            batch = self._packer.pack(self.store.gather(cells), cells, keys)
+            if not np.array_equal(np.diff(batch.cu_seqlens)[: len(cells)], lengths):
+                raise DataError("their lengths are not those recorded for this store and vocabulary; count them again")
+        except (MegacellError, ArithmeticError, LookupError, OSError, ValueError, TypeError, MemoryError) as error:
+            named = ", ".join(map(str, cells[:8])) + (f" and {len(cells) - 8} more" if len(cells) > 8 else "")
+            raise DataError(f"{self.store.path}: step {k}, cells {named}: {error}") from error
+        return batch
+
+    def prefetched(self, first: int, last: int | None = None, depth: int = 2) -> "Prefetched":
+        """Return an iterator over the micro-batches of steps first … last - 1 (endless without last), made ahead.
+
+        Parameters
+        ----------
+        first, last : int
+            Steps of this stream; a validation ends by itself.
+        depth : int, default 2
+            Steps made ahead, by one thread in the background; the compiled passes hold no lock on the interpreter.
+
+        """
+        if self.validation:
+            last = self.steps_per_epoch if last is None else min(last, self.steps_per_epoch)
+        return Prefetched(self, first, last, depth)
+
+
+class Prefetched(Iterator[list[MicroBatch]]):
+    """Iterator over steps made ahead; a context manager that leaves no thread behind.
+
+    Attributes
+    ----------
+    wait_seconds : float
+        How long the consumer has waited for a step so far.
+
+    """
+
+    def __init__(self, stream: BatchStream, first: int, last: int | None, depth: int) -> None:
+        if depth < 1:
+            raise UsageError(f"prefetch depth {depth}: give 1 or more")
+        self.wait_seconds = 0.0
+        self._stream, self._next, self._last = stream, first, last
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="megacell-batches")
+        self._ahead: deque[Future[list[MicroBatch]]] = deque()
+        for _ in range(depth):
+            self._submit()
+
+    def _submit(self) -> None:
+        if self._last is None or self._next < self._last:
+            self._ahead.append(self._pool.submit(self._stream.step, self._next))
+            self._next += 1
+
+    def __next__(self) -> list[MicroBatch]:
+        if not self._ahead:
+            self.close()
+            raise StopIteration
+        start = time.perf_counter()
+        try:
+            batches = self._ahead.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self.wait_seconds += time.perf_counter() - start
+        self._submit()
+        return batches
+
+    def close(self) -> None:
+        """Drop what was made ahead and wait for the thread to end; may be called again."""
+        self._ahead.clear()
+        self._last = self._next
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "Prefetched":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

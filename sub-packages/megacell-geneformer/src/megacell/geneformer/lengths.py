@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many known genes each cell of a store has under a vocabulary: counted once, kept in a cache, mapped."""
+
+import logging
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from megacell.geneformer.ranking import RankEncoder
+from megacell.geneformer.vocabulary import Vocabulary
+from megacell.store import CellStore
+
+CELLS_AT_ONCE = 4096
+LARGEST = np.iinfo(np.uint16).max
+
+log = logging.getLogger(__name__)
+
+
+def cache_directory() -> Path:
+    """Return where counts are kept: $MEGACELL_CACHE, else megacell under $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("MEGACELL_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megacell"
+
+
+def token_lengths(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
+    """Return how many known genes each cell has, without specials and before any cut.
+
+    Counted on the first call for a store's generation and a vocabulary, then mapped from the cache. A cache that cannot
+    be written costs the count, not the run.
+
+    Returns
+    -------
+    np.ndarray, uint16 [cells]
+        65,535 stands for that many or more.
+
+    """
+    path = cache_directory() / "lengths" / f"{store.digest}-{vocabulary.hash}.npy"
+    try:
+        lengths = np.load(path, mmap_mode="r")
+        if lengths.dtype == np.uint16 and lengths.shape == (len(store),):
+            return lengths
+    except (OSError, ValueError, EOFError):
+        pass  # absent or broken: made again
+    lengths = _count(store, vocabulary)
+    work = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with work.open("wb") as file:
+            np.save(file, lengths)
+        work.replace(path)
+        return np.load(path, mmap_mode="r")
+    except OSError as error:
+        log.warning("%s: cannot be written (%s); set MEGACELL_CACHE to save counting again", path, error)
+        work.unlink(missing_ok=True)
+        return lengths
+
+
+def _count(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
+    encoder = RankEncoder(store.gene_ids, store.symbols, vocabulary)
+    lengths = np.empty(len(store), np.uint16)
+    for first in range(0, len(store), CELLS_AT_ONCE):
+        cells = np.arange(first, min(first + CELLS_AT_ONCE, len(store)))
+        lengths[cells] = np.minimum(encoder.known_genes(*store.gather(cells)), LARGEST)
+    return lengths

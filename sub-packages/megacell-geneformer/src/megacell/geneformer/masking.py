@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked-language-model corruption as a pure function of (seed, epoch, stream, global cell number, position).
+
+Random numbers come from Philox4x32-10, a counter-based generator (Salmon, Moraes, Dror, Shaw: "Parallel random
+numbers: as easy as 1, 2, 3", SC11): a keyed function of a counter, without a state. So what is masked in a cell never
+depends on its neighbours in a batch, on workers, ranks, or on where a run was resumed. The one definition:
+
+- key: the first two words of Philox(counter = (epoch, 0, stream, 0), key = seed), see `stream_key`;
+- position p of a cell (specials counted) is chosen when word p % 4 of Philox(counter = (cell low, cell high, p // 4,
+  0)) lies under rate x 2^32 and the token is a gene's;
+- what becomes of it: (kind, high, low, _) = Philox(counter = (cell low, cell high, p, 1)); kind under mask x 2^32: the
+  mask token; else under (mask + random) x 2^32: gene number (high x 2^32 + low) x G / 2^64 of the G gene tokens; else
+  the token stays.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megacell.geneformer.compiling import compiled
+from megacell.store.errors import UsageError
+
+TRAINING, VALIDATION, ORDER = 0, 1, 2  # streams of random numbers that never meet
+
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # Philox's multipliers and Weyl increments
+_W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+_HALF = np.uint64(32)
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """Which share of the gene tokens is chosen, and what becomes of those.
+
+    Attributes
+    ----------
+    rate : float, default 0.15
+        Probability that a gene token is chosen, each by itself (Bernoulli).
+    mask : float, default 0.8
+        Share of the chosen that become the mask token.
+    random : float, default 0.1
+        Share of the chosen that become any gene's token, uniformly; the rest stays as it is. (BERT: 0.8 and 0.1,
+        Devlin et al. 2019; BioNeMo's Geneformer: 0.8 and 0.02.)
+
+    Raises
+    ------
+    UsageError
+        A share outside 0…1, or mask + random above 1.
+
+    """
+
+    rate: float = 0.15
+    mask: float = 0.8
+    random: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "mask", "random"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"masking: {name} is {getattr(self, name)}; give a share from 0 to 1")
+        if self.mask + self.random > 1 + 1e-9:
+            raise UsageError(f"masking: mask {self.mask} and random {self.random} exceed 1 together; lower one")
+
+    def thresholds(self) -> np.ndarray:
+        """Return rate, mask and mask + random as fractions of 2^32, uint64 [3]."""
+        shares = np.array([self.rate, self.mask, min(self.mask + self.random, 1.0)])
+        return np.rint(shares * 2.0**32).astype(np.uint64)
+
+
+@compiled
+def philox(c0, c1, c2, c3, k0, k1):
+    """Return the four words of Philox4x32-10; counter and key are uint32."""
+    for _ in range(10):
+        p0 = _M0 * np.uint64(c0)
+        p1 = _M1 * np.uint64(c2)
+        c0, c1, c2, c3 = (
+            np.uint32(p1 >> _HALF) ^ c1 ^ k0,
+            np.uint32(p1),
+            np.uint32(p0 >> _HALF) ^ c3 ^ k1,
+            np.uint32(p0),
+        )
+        k0 = np.uint32(k0 + _W0)
+        k1 = np.uint32(k1 + _W1)
+    return c0, c1, c2, c3
+
+
+@compiled
+def philox_words(counter, key):
+    """Return Philox's four words, uint32 [4], for a counter, uint32 [4], and a key, uint32 [2]."""
+    return np.array(philox(counter[0], counter[1], counter[2], counter[3], key[0], key[1]), dtype=np.uint32)
+
+
+def stream_key(seed: int, epoch: int, stream: int) -> np.ndarray:
+    """Return the key, uint32 [2], of one stream (`TRAINING`, `VALIDATION`, `ORDER`) in one epoch.
+
+    Raises
+    ------
+    UsageError
+        The seed is not within 0 … 2^64 - 1.
+
+    """
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed {seed}: give a whole number from 0 to 2^64 - 1")
+    counter = np.array([epoch & 0xFFFFFFFF, epoch >> 32, stream, 0], dtype=np.uint32)
+    return philox_words(counter, np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32))[:2]
+
+
+@compiled
+def _chosen_positions(n, cell, key, rate, words, positions):
+    """Write the positions under ``n`` that are chosen, and return how many; ``words``: uint32 room for n + 3."""
+    low, high = np.uint32(cell), np.uint32(cell >> np.uint64(32))
+    for block in range((n + 3) // 4):
+        a, b, c, d = philox(low, high, np.uint32(block), np.uint32(0), key[0], key[1])
+        words[4 * block], words[4 * block + 1], words[4 * block + 2], words[4 * block + 3] = a, b, c, d
+    found = 0
+    for position in range(n):  # without a branch: one in seven is chosen, which no processor can predict
+        positions[found] = position
+        found += np.uint64(words[position]) < rate
+    return found
+
+
+@compiled
+def mask_cells(
+    tokens, cu_lengths, cells, keys, thresholds, gene_tokens, is_gene, mask_token, words, chosen, masked, labels
+):
+    """Corrupt packed cells in place.
+
+    Parameters
+    ----------
+    tokens : int64 [T]
+        Packed cells; changed.
+    cu_lengths : int64 [n + 1]
+        Where they begin and end.
+    cells : int64 [n]
+        Global cell numbers.
+    keys : uint32 [n, 2]
+        `stream_key` of each cell's epoch.
+    thresholds : uint64 [3]
+        Of `MaskSettings.thresholds`.
+    gene_tokens : int32 [G]
+        What a random token is drawn from.
+    is_gene : bool [V]
+        Which tokens may be chosen.
+    mask_token : int
+        The vocabulary's.
+    words, chosen : uint32 and int64, with room for the longest cell + 4
+        Working room.
+    masked, labels : int64 [T]
+        Receive the places in ``tokens`` that were chosen, ascending, and the tokens that stood there.
+
+    Returns
+    -------
+    int
+        How many were chosen.
+
+    """
+    total = 0
+    genes = np.uint64(len(gene_tokens))
+    for i in range(len(cells)):
+        row = tokens[cu_lengths[i] : cu_lengths[i + 1]]
+        cell = np.uint64(cells[i])
+        low, high = np.uint32(cell), np.uint32(cell >> _HALF)
+        key = keys[i]
+        found = _chosen_positions(len(row), cell, key, thresholds[0], words, chosen)
+        for j in range(found):
+            position = chosen[j]
+            token = row[position]
+            if not is_gene[token]:
+                continue
+            masked[total] = cu_lengths[i] + position
+            labels[total] = token
+            total += 1
+            kind, w1, w0, _ = philox(low, high, np.uint32(position), np.uint32(1), key[0], key[1])
+            if np.uint64(kind) < thresholds[1]:
+                row[position] = mask_token
+            elif np.uint64(kind) < thresholds[2]:
+                number = (np.uint64(w1) * genes + ((np.uint64(w0) * genes) >> _HALF)) >> _HALF
+                row[position] = gene_tokens[number]
+    return total

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masking against Random123's known answers, a slow oracle of its own definition, and exact binomial bounds."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom, chisquare
+
+from megacell.geneformer.masking import (
+    ORDER,
+    TRAINING,
+    VALIDATION,
+    MaskSettings,
+    mask_cells,
+    philox_words,
+    stream_key,
+)
+from megacell.store.errors import UsageError
+
+SPECIALS, GENES = (0, 1, 2, 3), np.arange(5, 205, 2, dtype=np.int32)  # gaps: a token is not a gene because of its size
+
+
+def philox_in_python(counter, key):
+    """Philox4x32-10 from the paper, in Python's whole numbers."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c3 ^ k1, p0 & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+    ids=["zeros", "ones", "digits of pi"],
+)
+def test_philox_gives_the_known_answers_of_random123(counter, key, answer):
+    assert philox_words(np.array(counter, np.uint32), np.array(key, np.uint32)).tolist() == answer
+
+
+def corrupt(cells, lengths, seed=0, epoch=0, stream=TRAINING, settings=None, rows=None):
+    """Mask cells of gene tokens between a cls and an eos; return tokens, truth, masked, labels and cu_lengths."""
+    if rows is None:
+        rows = [np.random.default_rng(int(c) % 2**31).choice(GENES, n) for c, n in zip(cells, lengths, strict=True)]
+        rows = [np.concatenate([[2], row, [3]]) for row in rows]
+    truth = np.concatenate(rows).astype(np.int64)
+    cu = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    tokens, longest = truth.copy(), max(len(row) for row in rows)
+    is_gene = np.zeros(206, bool)
+    is_gene[GENES] = True
+    masked, labels = np.empty(len(truth), np.int64), np.empty(len(truth), np.int64)
+    keys = np.tile(stream_key(seed, epoch, stream), (len(rows), 1))
+    room = np.empty(longest + 4, np.uint32), np.empty(longest + 4, np.int64)
+    ids = np.asarray(cells, np.int64)
+    n = mask_cells(
+        tokens, cu, ids, keys, (settings or MaskSettings()).thresholds(), GENES, is_gene, 1, *room, masked, labels
+    )
+    return tokens, truth, masked[:n], labels[:n], cu
+
+
+@given(
+    cell=st.integers(0, 2**62), length=st.integers(1, 40), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**40)
+)
+def test_masks_are_those_of_the_definition(cell, length, seed, epoch):
+    settings = MaskSettings(rate=0.5, mask=0.5, random=0.3)
+    tokens, truth, masked, labels, _ = corrupt([cell], [length], seed, epoch, VALIDATION, settings)
+    key = philox_in_python((epoch & 0xFFFFFFFF, epoch >> 32, VALIDATION, 0), (seed & 0xFFFFFFFF, seed >> 32))[:2]
+    low, high = cell & 0xFFFFFFFF, cell >> 32
+    expected, chosen = truth.tolist(), []
+    for p in range(length + 2):
+        if philox_in_python((low, high, p // 4, 0), key)[p % 4] < 2**31 and truth[p] > 3:
+            chosen.append(p)
+            kind, w1, w0, _ = philox_in_python((low, high, p, 1), key)
+            if kind < 2**31:
+                expected[p] = 1
+            elif kind < round(0.8 * 2**32):
+                expected[p] = int(GENES[((w1 << 32) | w0) * len(GENES) >> 64])
+    assert tokens.tolist() == expected
+    assert masked.tolist() == chosen
+    assert labels.tolist() == truth[masked].tolist()
+
+
+def test_shares_lie_within_exact_binomial_bounds():
+    tokens, truth, masked, labels, _ = corrupt(range(2000), [200] * 2000, settings=MaskSettings())
+
+    def lies_within(found, n, share):
+        low, high = binom.interval(1 - 1e-9, n, share)
+        return low <= found <= high
+
+    now = tokens[masked]
+    assert lies_within(len(masked), 2000 * 200, 0.15)
+    assert lies_within((now == 1).sum(), len(masked), 0.8)
+    unmasked = now != 1
+    changed = unmasked & (now != labels)
+    assert lies_within(changed.sum(), len(masked), 0.1 * (1 - 1 / len(GENES)))  # a random gene may be the same one
+    untouched = np.delete(np.arange(len(truth)), masked)
+    assert np.array_equal(tokens[untouched], truth[untouched])
+
+
+def test_random_genes_are_uniform_over_genes_and_never_special():
+    tokens, _, masked, _, _ = corrupt(range(3000), [200] * 3000, settings=MaskSettings(0.5, 0.0, 1.0))
+    drawn = np.bincount(tokens[masked], minlength=206)
+    assert drawn[GENES].sum() == len(masked)
+    assert chisquare(drawn[GENES]).pvalue > 1e-6
+
+
+def test_specials_are_never_chosen_even_at_a_rate_of_one():
+    tokens, truth, masked, _, cu = corrupt(range(50), range(1, 51), settings=MaskSettings(1.0, 1.0, 0.0))
+    assert set(truth[masked]) <= set(GENES.tolist())
+    assert len(masked) == len(truth) - 100
+    assert (tokens[cu[:-1]] == 2).all()
+    assert (tokens[cu[1:] - 1] == 3).all()
+
+
+def test_a_rate_of_zero_chooses_none():
+    assert len(corrupt(range(50), [100] * 50, settings=MaskSettings(rate=0.0))[2]) == 0
+
+
+def test_a_cell_looks_the_same_in_any_company():
+    cells, lengths = [7, 2**40, 12, 99], [30, 200, 3, 57]
+    together, _, _, _, cu = corrupt(cells, lengths)
+    for order in ([3, 1, 0, 2], [1], [2, 1]):
+        apart, _, _, _, cu2 = corrupt([cells[i] for i in order], [lengths[i] for i in order])
+        for place, i in enumerate(order):
+            assert np.array_equal(apart[cu2[place] : cu2[place + 1]], together[cu[i] : cu[i + 1]])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 1}, {"seed": 2**32}, {"epoch": 1}, {"epoch": 2**32}, {"stream": VALIDATION}, {"stream": ORDER}],
+    ids=lambda change: f"another {next(iter(change))}",
+)
+def test_seed_epoch_and_stream_each_change_the_masks(other):
+    chosen = set(corrupt([5], [1000])[2])
+    others = set(corrupt([5], [1000], **other)[2])
+    assert len(chosen & others) < 60  # 22 of 150 are expected by chance
+
+
+def test_two_cells_are_masked_independently():
+    row = np.concatenate([[2], np.resize(GENES, 1000), [3]])
+    _, _, masked, _, cu = corrupt([1, 2, 1 + 2**32], None, rows=[row, row, row])
+    sets = [set(masked[(masked >= a) & (masked < b)] - a) for a, b in pairwise(cu)]
+    assert all(len(one & other) < 60 for one, other in [(sets[0], sets[1]), (sets[0], sets[2]), (sets[1], sets[2])])
+
+
+@pytest.mark.parametrize("wrong", [{"rate": 1.1}, {"mask": -0.1}, {"mask": 0.8, "random": 0.3}], ids=str)
+def test_shares_that_are_none_are_refused(wrong):
+    with pytest.raises(UsageError, match="masking"):
+        MaskSettings(**wrong)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_beyond_64_bits_is_refused(seed):
+    with pytest.raises(UsageError, match="seed"):
+        stream_key(seed, 0, TRAINING)
