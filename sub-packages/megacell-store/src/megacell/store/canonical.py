@@ -4,6 +4,7 @@
 from typing import Any
 
 import numpy as np
+
 from megacell.store.compiled import compiled
 
 # What a value can be besides a positive whole number; rows() of a source report these as bits.
@@ -30,8 +31,11 @@ def canonical_rows(
     indptr : int64 [rows + 1]
         From 0.
     columns : int32 [nnz]
+        In any order, repeats allowed.
     values : float32 | float64 [nnz]
+        As they stand in the file.
     keep : bool [rows]
+        False for a row to leave out.
     gene_of : int32 [columns]
         Gene number of a column, -1 for a column to drop.
     n_genes : int
@@ -106,7 +110,9 @@ def cell_hashes(indptr: Any, genes: Any, values: Any, gene_hashes: Any) -> Any:
     Parameters
     ----------
     indptr : int64 [rows + 1]
+        From 0.
     genes : uint32 [nnz]
+        Numbers into `gene_hashes`.
     values : float32 | float64 [nnz]
         Rounded to float32 first if they are not whole: the hash is of what the store holds.
     gene_hashes : uint64 [genes]

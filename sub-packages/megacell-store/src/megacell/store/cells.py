@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sp
+
 from megacell.store.errors import DataError
 from megacell.store.gather import FIELDS, copy_rows, locate
 from megacell.store.genes import GeneTable
@@ -110,6 +111,7 @@ class CellStore:
         Parameters
         ----------
         indices : int array [n], bool array [cells] or slice
+            Cells by their number in the store.
 
         Returns
         -------
@@ -238,9 +240,8 @@ class CellStore:
             columns[column.name] = pd.concat([from_table(t, column) for t in tables], ignore_index=True)
         if SOURCE in names or len(names) == len(self.manifest.obs):
             text = [source.name for source in self.manifest.sources]
-            columns[SOURCE] = pd.Series(
-                pd.Categorical.from_codes(self.source_of.astype(np.int64), dtype=pd.CategoricalDtype(text))
-            )
+            names_of = pd.CategoricalDtype(text)
+            columns[SOURCE] = pd.Series(pd.Categorical.from_codes(self.source_of.astype(np.int64), dtype=names_of))
         index = [name for table in tables for name in table.column(INDEX).to_pylist()]
         frame = pd.DataFrame(columns)
         frame.index = pd.Index(index, dtype=object)

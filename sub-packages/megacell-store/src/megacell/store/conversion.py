@@ -6,10 +6,8 @@ renamed, and none of them exists for a reader until the manifest, renamed last, 
 """
 
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,13 +15,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
 from megacell.store.duplicates import Duplicates, find_duplicates
-from megacell.store.durable import TEMPORARY, flush_directory
 from megacell.store.errors import DataError, UsageError
 from megacell.store.genes import GeneTable
-from megacell.store.lock import NAME as LOCK
-from megacell.store.lock import writing
-from megacell.store.manifest import NAME, FileRecord, Manifest, ObsColumn, ShardRecord, Source, generation_name
+from megacell.store.manifest import FileRecord, Manifest, ObsColumn, ShardRecord, Source, generation_name
 from megacell.store.obs import tidy, to_table
 from megacell.store.panels import Panels
 from megacell.store.plan import (
@@ -44,6 +40,7 @@ from megacell.store.plan import (
 from megacell.store.progress import Progress
 from megacell.store.shard import FOLDER, ShardWriter, map_array
 from megacell.store.sources.h5ad import NotWhole
+from megacell.store.target import check_target, open_target, sweep
 
 SHARD_BYTES = 2 << 30
 
@@ -155,7 +152,7 @@ def convert(
     options = Options(counts, gene_ids, species, allow_subset, allow_length_normalised, all_cells)
     say = log or (lambda _line: None)
     store = Path(out)
-    before = _check_target(store, append=append) if not dry_run or append else None
+    before = check_target(store, append=append)
     if before is not None:
         if species not in (None, before.species):
             raise UsageError(f"{store}: holds {before.species} cells, not {species}; give another --out")
@@ -167,10 +164,8 @@ def convert(
         if dry_run:
             return ConversionReport(store, 0, sum(i.cells for i in inspections if not i.refused), 0, inspections)
         refuse(inspections)
-        say(f"looked at {len(files)} files: {sum(i.cells for i in inspections):,} cells")
-        with _target(store), writing(store):
-            before = _current(store)
-            sweep(store, before)
+        say(f"looked at {len(files)} file{'s' * (len(files) != 1)}: {sum(i.cells for i in inspections):,} cells")
+        with open_target(store, append=append) as before:
             hash_files(inspections, before, bar.say)
             manifest, plan = _make(store, before, inspections, options, workers, shard_bytes, bar, say)
     report = _report(store, manifest, plan)
@@ -209,7 +204,7 @@ def _make(
             sweep(store, before)
             raise
         else:
-            say(f"wrote {len(shards)} shards, {sum(s.values for s in shards):,} values")
+            say(f"wrote {len(shards)} shard{'s' * (len(shards) != 1)}, {sum(s.values for s in shards):,} values")
             return manifest, plan
 
 
@@ -313,64 +308,3 @@ def _report(store: Path, manifest: Manifest, plan: Plan) -> ConversionReport:
     return ConversionReport(
         store, manifest.generation, manifest.cells, manifest.genes, plan.inspections, plan.sources, found
     )
-
-
-def _check_target(store: Path, *, append: bool) -> Manifest | None:
-    """Return the manifest to append to, None for a store to be made.
-
-    Raises
-    ------
-    UsageError
-        Something else is there, or nothing to append to.
-
-    """
-    there = (store / NAME).exists()
-    if append:
-        if not there:
-            raise UsageError(f"{store}: no store to append to; leave --append out to make one")
-        return Manifest.open(store)
-    if there:
-        raise UsageError(f"{store}: exists already; --append adds to it, or give another --out")
-    if store.exists() and not (store.is_dir() and all(_is_ours(entry.name) for entry in store.iterdir())):
-        raise UsageError(f"{store}: exists already and is not an unfinished store; give another --out")
-    return None
-
-
-def _current(store: Path) -> Manifest | None:
-    return Manifest.open(store) if (store / NAME).exists() else None
-
-
-def _is_ours(name: str) -> bool:
-    return name in (NAME, FOLDER) or name.startswith((LOCK, "genes-", "panels-", "manifest-", NAME))
-
-
-@contextmanager
-def _target(store: Path) -> Iterator[None]:
-    """Make the store's folder; if the conversion fails before it became a store, take it away again."""
-    store.mkdir(parents=True, exist_ok=True)
-    flush_directory(store.parent)
-    try:
-        yield
-    finally:
-        if not (store / NAME).exists() and not any(store.iterdir()):
-            store.rmdir()
-
-
-def sweep(store: Path, manifest: Manifest | None) -> None:
-    """Remove what a conversion that was killed left: every file of ours that the manifest does not name."""
-    named = {NAME, LOCK}
-    shards: set[str] = set()
-    if manifest:
-        named |= {generation_name(manifest.generation), *manifest.files}
-        shards = {shard.name for shard in manifest.shards}
-    folder = store / FOLDER
-    if folder.is_dir():
-        for entry in folder.iterdir():
-            if entry.name not in shards:
-                shutil.rmtree(entry)
-        if manifest is None:
-            folder.rmdir()
-    for entry in store.iterdir():
-        ours = entry.name.startswith(("genes-", "panels-", "manifest-")) or entry.name.endswith(TEMPORARY)
-        if ours and entry.name not in named:
-            entry.unlink()

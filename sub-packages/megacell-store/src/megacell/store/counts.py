@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from megacell.store.recover import looks_scaled
 
 Array = np.ndarray[Any, Any]
@@ -49,6 +50,7 @@ def judge(indptr: Array, values: Array) -> Verdict:
     Parameters
     ----------
     indptr : int64 [rows + 1]
+        From 0.
     values : float [nnz]
         Of genes only; canonical rows.
 
@@ -66,19 +68,23 @@ def judge(indptr: Array, values: Array) -> Verdict:
     whole = bool((values == np.floor(values)).all())
     if whole:
         return _judge_whole(np.minimum.reduceat(values, starts), np.diff(indptr)[filled], totals)
-    if _near_constant(np.add.reduceat(np.expm1(np.minimum(values, 50.0)), starts)) and values.max() < LARGEST_LOG:
-        return Verdict("", "has log-normalised values")
+    return _judge_fractions(indptr, starts, values, totals)
+
+
+def _judge_fractions(indptr: Array, starts: Array, values: Array, totals: Array) -> Verdict:
+    largest = values.max()
+    if largest < LARGEST_LOG:
+        back = np.expm1(values)
+        if looks_scaled(indptr, back) or _near_constant(np.add.reduceat(back, starts)):
+            return Verdict("", "has log-normalised values")
+    if looks_scaled(indptr, values):
+        return Verdict("", "has normalised values: in each cell they are whole multiples of the smallest")
     if _near_constant(totals):
-        if abs(np.median(totals) / 1e6 - 1) < 0.01 and not looks_scaled(indptr, values):
+        if abs(np.median(totals) / 1e6 - 1) < 0.01:
             return Verdict(LENGTH_NORMALISED, "has totals of a million: TPM")
         return Verdict("", f"has near-constant totals (about {np.median(totals):,.0f}): normalised values")
-    for name, back in (("log-normalised", np.expm1), ("normalised", np.asarray)):
-        if values.max() < 50 or name == "normalised":
-            scaled = looks_scaled(indptr, back(values))
-            if scaled:
-                return Verdict("", f"has {name} values: in each cell they are whole multiples of the smallest")
-    if values.max() < LARGEST_LOG and len(filled) >= FEWEST_CELLS:
-        return Verdict("", f"has fractions and no value over {values.max():.1f}: logarithms, it seems")
+    if largest < LARGEST_LOG and len(starts) >= FEWEST_CELLS:
+        return Verdict("", f"has fractions and no value over {largest:.1f}: logarithms, it seems")
     return Verdict(FRACTIONAL)
 
 

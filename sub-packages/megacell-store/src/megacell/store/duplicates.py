@@ -27,7 +27,9 @@ def find_duplicates(
     Parameters
     ----------
     hashes : uint64 [cells]
+        Of genes and counts.
     source_of : uint32 [cells]
+        Number of each cell's source.
     names : sequence of str
         By number of the source.
     first_new : int

@@ -5,9 +5,10 @@ from typing import Any
 
 import numba
 import numpy as np
-from megacell.store.compiled import compiled
 from numba import types
 from numba.extending import intrinsic
+
+from megacell.store.compiled import compiled
 
 # One row of the shard table (int64): addresses of mapped arrays rather than the arrays themselves, because a
 # compiled function cannot take a list of arrays of different types without being compiled for every mixture.
@@ -49,6 +50,7 @@ def locate(cells: Any, first: Any, table: Any) -> tuple[Any, Any, Any, int]:
     first : int64 [shards + 1]
         Number of each shard's first cell; the last is the number of cells.
     table : int64 [shards, FIELDS]
+        Where each shard's arrays lie in memory.
 
     Returns
     -------
@@ -109,6 +111,12 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
 
     Parameters
     ----------
+    table : int64 [shards, FIELDS]
+        As for `locate`.
+    indptr, shard_of, start_of : int64
+        As `locate` returned them.
+    n_genes : int
+        A gene number from this on is an error.
     genes : int32 | uint16 | uint32 [nnz]
         Filled.
     counts : float32 [nnz]
@@ -134,7 +142,7 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
         if kind == 0:
             _copy_row(numba.carray(_uint8_at(table[shard, COUNTS]), stop), start, counts, begin, end)
             if not _put_large(table, shard, start, counts, begin, end):
-                return shard
+                return int(shard)
         elif kind == 1:
             _copy_row(numba.carray(_uint16_at(table[shard, COUNTS]), stop), start, counts, begin, end)
         elif kind == 2:
@@ -143,5 +151,5 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
             _copy_row(numba.carray(_float32_at(table[shard, COUNTS]), stop), start, counts, begin, end)
         # rows are sorted, so the last gene is the largest of a sound row; scipy trusts what it is given
         if genes[end - 1] < 0 or genes[end - 1] >= n_genes:
-            return shard
+            return int(shard)
     return -1

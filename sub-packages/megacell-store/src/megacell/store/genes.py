@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+
 from megacell.store.durable import TEMPORARY, flush_file, move_into_place
 from megacell.store.errors import DataError, UsageError
 
@@ -66,6 +67,7 @@ def read_features(var: pd.DataFrame, where: str, gene_ids: str = "auto", other: 
     Parameters
     ----------
     var : DataFrame [columns of the matrix]
+        The file's own table of features.
     where : str
         File and place, for messages.
     gene_ids : str

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import xxhash
+
 from megacell.store.durable import hash_file, write_whole
 from megacell.store.errors import DataError
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+
 from megacell.store.manifest import ObsColumn
 
 INDEX = "_index"  # the column of the cells' own names

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from megacell.store.durable import TEMPORARY, flush_file, move_into_place
 from megacell.store.errors import DataError
 

@@ -4,11 +4,13 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from megacell.store.counts import FRACTIONAL
 from megacell.store.durable import hash_file
 from megacell.store.errors import DataError, MegacellError, UsageError
@@ -288,7 +290,7 @@ def _parts(source: int, found: Inspection, shard_bytes: int) -> list[Part]:
     """Cut a file by rows so that no part fills more than a shard."""
     size = found.values * _BYTES_OF.get(found.kind, 6)
     cuts = np.linspace(0, found.rows, max(1, -(-size // shard_bytes)) + 1).astype(np.int64)
-    return [Part(source, int(a), int(b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+    return [Part(source, int(a), int(b)) for a, b in pairwise(cuts) if b > a]
 
 
 def _pack(parts: list[list[Part]], inspections: list[Inspection], first: int, shard_bytes: int) -> list[list[Part]]:

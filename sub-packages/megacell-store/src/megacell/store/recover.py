@@ -10,6 +10,7 @@ if one scale brings every one of its counts back to the stored value within the 
 from typing import Any
 
 import numpy as np
+
 from megacell.store.compiled import compiled
 
 Array = np.ndarray[Any, Any]
@@ -55,9 +56,11 @@ def recover_rows(indptr: Any, values: Any, tolerance: Any) -> tuple[Any, int]:
     Parameters
     ----------
     indptr : int64 [rows + 1]
+        From 0.
     values : float64 [nnz]
         log1p of scaled counts, all above zero.
     tolerance : float64 [nnz]
+        As `tolerances` gives it.
 
     Returns
     -------
@@ -117,23 +120,24 @@ def _recover(order: Any, values: Any, tolerance: Any, factor: int, counts: Any) 
 
 
 def looks_scaled(indptr: Array, values: Array) -> bool:
-    """True if, in most rows, the values are whole multiples of the row's smallest, which is not a whole number.
+    """True if most values are fractions, but in most rows whole multiples of the row's smallest.
 
     Parameters
     ----------
     indptr : int64 [rows + 1]
+        From 0.
     values : float64 [nnz]
         All above zero.
 
     """
+    if (np.abs(values - np.round(values)) < 1e-6).mean() > 0.5:  # alevin's halves and thirds stand among whole counts
+        return False
     filled = np.flatnonzero(np.diff(indptr))
-    lengths = np.diff(indptr)[filled]
-    smallest = np.minimum.reduceat(values, indptr[filled])
-    ratio = values / np.repeat(smallest, lengths)
-    small = ratio < 30  # beyond that, rounding of what is stored exceeds the tolerance
+    lengths, starts = np.diff(indptr)[filled], indptr[filled]
+    ratio = values / np.repeat(np.minimum.reduceat(values, starts), lengths)
+    small = ratio < 10  # beyond that, what rounding to three decimals does exceeds the tolerance
     off = np.where(small, np.abs(ratio - np.round(ratio)), 0.0)
-    several = np.maximum.reduceat(np.where(small, ratio, 1.0), indptr[filled]) > 1.5
-    multiples = np.maximum.reduceat(off, indptr[filled]) < 0.02
-    fractions = np.abs(smallest - np.round(smallest)) > 1e-6
+    several = np.maximum.reduceat(np.where(small, ratio, 1.0), starts) > 1.5
+    multiples = np.maximum.reduceat(off, starts) < 0.02
     informative = several & (lengths >= 10)
-    return bool(informative.sum() >= 5 and (multiples & fractions)[informative].mean() > 0.9)
+    return bool(informative.sum() >= 5 and multiples[informative].mean() > 0.9)

@@ -2,12 +2,14 @@
 """One shard's arrays: written narrow, block by block, into a temporary directory; read mapped."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from megacell.store.canonical import cell_hashes, narrow
 from megacell.store.durable import TEMPORARY, flush_file, move_into_place
 from megacell.store.errors import DataError
@@ -142,7 +144,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove what was written."""
         for array in self._arrays.values():
-            array.abandon()
+            with suppress(OSError):  # closing writes what is buffered, and the disk may be full
+                array.abandon()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -168,15 +171,9 @@ class Shard:
         """Return what `gather` needs to know: int64 [FIELDS], in the order of gather's field numbers."""
         arrays = (self.indptr, self.indices, self.counts, self.positions, self.large)
         indptr, indices, counts, positions, large = (array.ctypes.data for array in arrays)
-        row: tuple[int, ...] = (
-            first,
-            self.record.cells,
-            self.record.values,
-            indptr,
-            indices,
-            KINDS[self.indices.dtype.name],
-        )
-        row += (counts, KINDS[self.counts.dtype.name], positions, large, len(self.positions))
+        row: tuple[int, ...] = (first, self.record.cells, self.record.values, indptr)
+        row += (indices, KINDS[self.indices.dtype.name], counts, KINDS[self.counts.dtype.name])
+        row += (positions, large, len(self.positions))
         return np.array(row, np.int64).reshape(FIELDS)
 
 
@@ -200,4 +197,5 @@ def map_array(path: Path, record: FileRecord | None) -> np.ndarray[Any, Any]:
         raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
     if array.dtype.name != record.dtype or array.shape != record.shape:
         raise DataError(f"{path}: {array.dtype.name} {array.shape}, not as the manifest says; run `megacell verify`")
-    return array.view(np.ndarray)
+    plain: np.ndarray[Any, Any] = array.view(np.ndarray)
+    return plain

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from megacell.store.errors import DataError
 
 Texts = Sequence[str] | np.ndarray[Any, Any]
@@ -39,7 +40,10 @@ def settle_species(
 
     Parameters
     ----------
-    gene_ids, symbols : sequence of str [genes]
+    gene_ids : sequence of str [genes]
+        Ensembl ids, or symbols where there are none.
+    symbols : sequence of str [genes]
+        "" where unknown.
     stated : iterable of str
         What the file itself says, as `stated_species` finds it.
     wanted : str, optional

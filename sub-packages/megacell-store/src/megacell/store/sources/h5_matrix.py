@@ -15,6 +15,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+
 from megacell.store.compiled import compiled
 from megacell.store.errors import DataError
 
@@ -65,7 +66,7 @@ def open_matrix(node: Any, place: str, n_rows: int | None = None, n_columns: int
         matrix: Matrix = Dense(node, place)
     else:
         encoding = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
-        kind = {"csr_matrix": Csr, "csr": Csr, "csc_matrix": Csc, "csc": Csc}.get(encoding)
+        kind: type[Matrix] | None = {"csr_matrix": Csr, "csr": Csr, "csc_matrix": Csc, "csc": Csc}.get(encoding)
         if kind is None:
             raise DataError(f"{place}: encoding {encoding or 'unknown'!r} is not a matrix; write it with anndata again")
         matrix = kind(node, place)
@@ -132,7 +133,7 @@ class _Sparse(Matrix, ABC):
     def _pointers(self, start: int, stop: int) -> Array:
         """Return indptr[start:stop + 1] as int64, checked."""
         with self.reading():
-            pointers = self.indptr[start : stop + 1].astype(np.int64)
+            pointers: Array = self.indptr[start : stop + 1].astype(np.int64)
             if len(pointers) != stop - start + 1:
                 raise ValueError(f"indptr of {len(self.indptr)} entries for a matrix of {self.shape}")
             if pointers[0] < 0 or (np.diff(pointers) < 0).any() or pointers[-1] > len(self.data):

@@ -2,45 +2,28 @@
 """AnnData's .h5ad files as a source: which matrix holds the counts, its genes, its cells, block by block."""
 
 import os
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+
 from megacell.store.canonical import BAD_COLUMN, FRACTIONAL, NEGATIVE, NOT_FINITE, TOO_LARGE, canonical_rows
-from megacell.store.counts import FRACTIONAL as FRACTIONAL_KIND
-from megacell.store.counts import LENGTH_NORMALISED, UMI, Verdict, judge
+from megacell.store.counts import LENGTH_NORMALISED, UMI
 from megacell.store.errors import DataError, UsageError
-from megacell.store.genes import Features, read_features
-from megacell.store.recover import recover_rows, stored_precision, tolerances
-from megacell.store.sources.h5_matrix import ROWS, Matrix, open_matrix
+from megacell.store.recover import recover_rows, tolerances
+from megacell.store.sources.h5_matrix import ROWS
+from megacell.store.sources.h5ad_counts import Choice, choose_counts, first_line, read_frame
 from megacell.store.species import stated_species
 
 Array = np.ndarray[Any, Any]
 
-# layers that `auto` takes for counts by their name; spliced and unspliced, say, are whole numbers too, but parts
-COUNT_LAYERS = ("counts", "raw_counts", "count", "raw", "umi", "umis", "umi_counts")
-SAMPLE_RUNS, SAMPLE_RUN = 16, 32  # a matrix is judged by this many runs of so many cells, spread over the file
-
 
 class NotWhole(DataError):
     """A source taken for whole counts turned out to hold fractions further on."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The matrix that was chosen: its name ("X", "raw", "layer:NAME"), reader, genes and kind of counts."""
-
-    name: str
-    matrix: Matrix
-    features: Features
-    kind: str
-    precision: float | None = None  # set where counts are recovered from logarithms stored so precisely
 
 
 class H5adSource:
@@ -75,7 +58,7 @@ class H5adSource:
         self.matrix = choice.name if choice.precision is None else f"recover:{choice.name}"
         self.stated_species = stated
 
-    def __enter__(self) -> "H5adSource":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -134,6 +117,8 @@ class H5adSource:
             Rows of the file.
         keep : bool [n_cells], optional
             Rows to yield.
+        rows : int
+            At most so many at a time.
 
         """
         choice = self._choice
@@ -191,6 +176,7 @@ def open_h5ad(
     Parameters
     ----------
     path : path-like
+        The file.
     counts : str
         "auto", "X", "raw", "layer:NAME", or "recover" for whole counts out of log1p values.
     gene_ids : str
@@ -213,10 +199,10 @@ def open_h5ad(
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
         what = "is empty" if path.stat().st_size == 0 else "is not an HDF5 file, or is truncated"
-        raise DataError(f"{path}: {what} ({_line(error)}); fetch it again") from None
+        raise DataError(f"{path}: {what} ({first_line(error)}); fetch it again") from None
     try:
         obs, var, uns = _frames(file, path)
-        choice = _choose(file, path, obs, var, counts, gene_ids)
+        choice = choose_counts(file, path, obs, var, counts, gene_ids)
         if choice.kind == LENGTH_NORMALISED and not allow_length_normalised:
             mend = "give counts, or --allow-length-normalised (medians of counts do not apply)"
             raise DataError(f"{choice.matrix.place}: totals of a million look like TPM; {mend}")
@@ -226,16 +212,12 @@ def open_h5ad(
         raise
 
 
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def _frames(file: h5py.File, path: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
     """Read obs, var and the texts of uns through AnnData's own reader."""
     for name in ("obs", "var"):
         if name not in file:
             raise DataError(f"{path}: has no {name}, so it is no .h5ad file; give one that AnnData wrote")
-    obs, var = _frame(file, "obs", path), _frame(file, "var", path)
+    obs, var = read_frame(file, "obs", path), read_frame(file, "var", path)
     if not len(obs) or not len(var):
         raise DataError(f"{path}: holds {len(obs)} cells and {len(var)} genes; leave it out")
     uns: dict[str, str] = {}
@@ -243,115 +225,3 @@ def _frames(file: h5py.File, path: Path) -> tuple[pd.DataFrame, pd.DataFrame, di
         if isinstance(node, h5py.Dataset) and node.shape == () and h5py.check_string_dtype(node.dtype):
             uns[key] = str(node.asstr()[()])
     return obs, var, uns
-
-
-def _frame(file: h5py.File, name: str, path: Path) -> pd.DataFrame:
-    from anndata.io import read_elem  # slow to import, and `megacell --help` comes by here
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old encodings, which are read all the same
-            frame = read_elem(file[name])
-    except Exception as error:  # whatever AnnData's reader says of a damaged element
-        raise DataError(
-            f"{path}: {name} cannot be read ({_line(error)}); the file is damaged, fetch it again"
-        ) from error
-    if not isinstance(frame, pd.DataFrame):
-        raise DataError(f"{path}: {name} is no table; write the file again with anndata")
-    return frame
-
-
-def _choose(file: h5py.File, path: Path, obs: pd.DataFrame, var: pd.DataFrame, counts: str, gene_ids: str) -> Choice:
-    """Find the matrix that `counts` names, or for "auto" the fullest one that holds counts."""
-    names = _matrices(file)
-    if not names:
-        raise DataError(f"{path}: has no matrix (X, raw or layers); give a file with counts")
-    if counts == "recover":
-        full = max(names, key=lambda name: (_columns(file, name), name == "raw"))
-        return _recoverable(_open(file, path, full, obs, var, gene_ids))
-    if counts != "auto":
-        if counts not in names:
-            raise UsageError(f"{path}: has no {counts}; --counts can be auto, {', '.join(names)} or recover")
-        found = _open(file, path, counts, obs, var, gene_ids)
-        verdict = _judge(found)
-        if not verdict.kind:
-            others = ", ".join(f"--counts {name}" for name in [*names, "recover"] if name != counts)
-            raise DataError(f"{found.matrix.place} {verdict.reason}; give the one that holds counts: {others}")
-        return Choice(found.name, found.matrix, found.features, verdict.kind)
-    return _automatic(file, path, obs, var, names, gene_ids)
-
-
-def _automatic(
-    file: h5py.File, path: Path, obs: pd.DataFrame, var: pd.DataFrame, names: list[str], gene_ids: str
-) -> Choice:
-    """Take the fullest of X, raw and the layers named after counts; whole ones before fractions."""
-    known = [n for n in names if not n.startswith("layer:") or n.removeprefix("layer:").lower() in COUNT_LAYERS]
-    found = {name: _open(file, path, name, obs, var, gene_ids) for name in known}
-    verdicts = {name: _judge(choice) for name, choice in found.items()}
-    width = {name: len(choice.features.gene_ids) for name, choice in found.items()}
-    good = [name for name in known if verdicts[name].is_counts] or [n for n in known if verdicts[n].kind]
-    if not good:
-        reasons = "; ".join(f"{name} {verdicts[name].reason}" for name in known) or "no matrix looked at"
-        options = ", ".join(f"--counts {name}" for name in [*(n for n in names if n not in known), "recover"])
-        raise DataError(f"{path}: no counts found ({reasons}); name the matrix that holds them: {options}")
-    best = max(good, key=lambda name: (width[name], verdicts[name].kind == UMI, -known.index(name)))
-    fuller = [name for name in known if width[name] > width[best]]
-    if fuller:
-        reasons = "; ".join(f"{name} has {width[name]:,} genes but {verdicts[name].reason}" for name in fuller)
-        mend = f"--counts recover for all genes, --counts {best} for these alone"
-        raise DataError(f"{path}: {best} holds counts of only {width[best]:,} genes ({reasons}); {mend}")
-    choice = found[best]
-    return Choice(best, choice.matrix, choice.features, verdicts[best].kind)
-
-
-def _matrices(file: h5py.File) -> list[str]:
-    """Return the names of a file's matrices: raw first, then X, then layers."""
-    names = ["raw"] if "raw" in file and "X" in file["raw"] else []
-    names += ["X"] if "X" in file else []
-    return names + [f"layer:{name}" for name in (file["layers"] if "layers" in file else ())]
-
-
-def _node(file: h5py.File, name: str) -> Any:
-    if name == "raw":
-        return file["raw/X"]
-    return file["X"] if name == "X" else file["layers"][name.removeprefix("layer:")]
-
-
-def _columns(file: h5py.File, name: str) -> int:
-    node = _node(file, name)
-    shape = node.shape if isinstance(node, h5py.Dataset) else node.attrs.get("shape", (0, 0))
-    return int(shape[-1]) if not name.startswith("layer:") else -1
-
-
-def _open(file: h5py.File, path: Path, name: str, obs: pd.DataFrame, var: pd.DataFrame, gene_ids: str) -> Choice:
-    place = f"{path}: {name}"
-    of_raw = name == "raw"
-    own = _frame(file, "raw/var", path) if of_raw and "var" in file["raw"] else var
-    matrix = open_matrix(_node(file, name), place, len(obs), len(own))
-    return Choice(name, matrix, read_features(own, place, gene_ids, var if of_raw else None), "")
-
-
-def _sample(choice: Choice) -> tuple[Array, Array]:
-    """Return indptr and values of cells spread over the file, genes only."""
-    n = choice.matrix.shape[0]
-    starts = np.linspace(0, max(0, n - SAMPLE_RUN), SAMPLE_RUNS).astype(np.int64)
-    rows = np.unique(np.concatenate([np.arange(s, min(s + SAMPLE_RUN, n)) for s in starts]))
-    _, indptr, columns, values = choice.matrix.sample(rows)
-    keep, n_genes = np.ones(len(rows), bool), len(choice.features.gene_ids)
-    out_indptr, _, out, _, _ = canonical_rows(indptr, columns, values, keep, choice.features.gene_of, n_genes)
-    return out_indptr, out
-
-
-def _judge(choice: Choice) -> Verdict:
-    return judge(*_sample(choice))
-
-
-def _recoverable(choice: Choice) -> Choice:
-    """Return the choice with the precision that its logarithms are stored to."""
-    _, values = _sample(choice)
-    if not len(values) or not np.isfinite(values).all() or values.min() < 0:
-        raise DataError(f"{choice.matrix.place}: no logarithms of counts to recover from; --counts X|raw|layer:NAME")
-    return Choice(choice.name, choice.matrix, choice.features, UMI, stored_precision(values))
-
-
-__all__ = ["FRACTIONAL_KIND", "Choice", "H5adSource", "NotWhole", "open_h5ad"]

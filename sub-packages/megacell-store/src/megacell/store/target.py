@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder that a conversion writes to: new, left unfinished by a killed one, or a store to append to."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megacell.store.durable import TEMPORARY, flush_directory
+from megacell.store.errors import UsageError
+from megacell.store.lock import NAME as LOCK
+from megacell.store.lock import writing
+from megacell.store.manifest import NAME, Manifest, generation_name
+from megacell.store.shard import FOLDER
+
+_TABLES = ("genes-", "panels-", "manifest-")  # begin the names of a generation's own files
+
+
+def check_target(store: Path, *, append: bool) -> Manifest | None:
+    """Return the manifest to append to, None for a store to be made.
+
+    Raises
+    ------
+    UsageError
+        Something else is there, or nothing to append to.
+
+    """
+    there = (store / NAME).exists()
+    if append:
+        if not there:
+            raise UsageError(f"{store}: no store to append to; leave --append out to make one")
+        return Manifest.open(store)
+    if there:
+        raise UsageError(f"{store}: exists already; --append adds to it, or give another --out")
+    if store.exists() and not (store.is_dir() and all(_is_ours(entry.name) for entry in store.iterdir())):
+        raise UsageError(f"{store}: exists already and is not an unfinished store; give another --out")
+    return None
+
+
+@contextmanager
+def open_target(store: Path, *, append: bool) -> Iterator[Manifest | None]:
+    """Make or take the folder, lock it, clear what a killed conversion left; yield the manifest to append to.
+
+    A folder that did not become a store is taken away again.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    flush_directory(store.parent)
+    try:
+        with writing(store):
+            before = check_target(store, append=append)  # again: another conversion may have come between
+            sweep(store, before)
+            yield before
+    finally:
+        if not (store / NAME).exists() and not any(store.iterdir()):
+            store.rmdir()
+
+
+def sweep(store: Path, manifest: Manifest | None) -> None:
+    """Remove what a conversion that was killed left: every file of ours that the manifest does not name."""
+    named = {NAME, LOCK}
+    shards: set[str] = set()
+    if manifest:
+        named |= {generation_name(manifest.generation), *manifest.files}
+        shards = {shard.name for shard in manifest.shards}
+    folder = store / FOLDER
+    if folder.is_dir():
+        for entry in folder.iterdir():
+            if entry.name not in shards:
+                shutil.rmtree(entry)
+        if manifest is None:
+            folder.rmdir()
+    for entry in store.iterdir():
+        if entry.name not in named and (entry.name.startswith(_TABLES) or entry.name.endswith(TEMPORARY)):
+            entry.unlink()
+
+
+def _is_ours(name: str) -> bool:
+    return name == FOLDER or name.startswith((LOCK, NAME, *_TABLES))

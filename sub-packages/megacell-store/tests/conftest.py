@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the store's tests share: real cells, made ones, and files of every layout."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from megacell.store import CellStore
+
+
+@pytest.fixture(scope="session")
+def real_cells() -> Path:
+    """The folder of real .h5ad files."""
+    beside = Path(__file__).resolve().parents[4] / "shared" / "data"
+    folder = Path(os.environ.get("MEGACELL_TEST_DATA", beside)) / "cells"
+    if not folder.is_dir():
+        pytest.skip(f"real cells are absent: no {folder}; set MEGACELL_TEST_DATA")
+    return folder
+
+
+def make_counts(cells: int, genes: int, seed: int = 0, depth: float = 3000.0) -> np.ndarray:
+    """Whole counts whose totals spread as real ones do: float32 [cells, genes]."""
+    random = np.random.default_rng(seed)
+    share = random.lognormal(0, 2, genes)
+    totals = depth * random.lognormal(0, 0.5, cells)
+    return random.poisson(totals[:, None] * (share / share.sum())[None]).astype(np.float32)
+
+
+def make_anndata(
+    counts: Any, *, first_gene: int = 0, prefix: str = "ENSG", obs: pd.DataFrame | None = None, name: str = "cell"
+) -> ad.AnnData:
+    """AnnData with Ensembl ids as index and symbols beside."""
+    numbers = range(first_gene, first_gene + counts.shape[1])
+    var = pd.DataFrame({"feature_name": [f"GENE{i}" for i in numbers]}, index=[f"{prefix}{i:011d}" for i in numbers])
+    if obs is None:
+        obs = pd.DataFrame(index=[f"{name}-{i}" for i in range(counts.shape[0])])
+    return ad.AnnData(counts, obs=obs, var=var)
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes AnnData (or counts) to a file of the test's folder."""
+
+    def write(data: Any, name: str = "made.h5ad", **options: Any) -> Path:
+        data = data if isinstance(data, ad.AnnData) else make_anndata(data, **options)
+        path = tmp_path / name
+        data.write_h5ad(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def counts() -> np.ndarray:
+    """60 cells x 300 genes with totals like real ones."""
+    return make_counts(60, 300)
+
+
+def all_counts(store: CellStore, gene_ids: Any) -> np.ndarray:
+    """All counts of a store, in the order of `gene_ids`: float32 [cells, genes]."""
+    number = {gene: i for i, gene in enumerate(store.gene_ids)}
+    columns = [number[gene] for gene in gene_ids]
+    return store.rows(np.arange(len(store))).toarray()[:, columns]
+
+
+@pytest.fixture(scope="session")
+def made() -> SimpleNamespace:
+    """The functions above, for tests: `made.counts`, `made.anndata`, `made.all_counts`."""
+    return SimpleNamespace(counts=make_counts, anndata=make_anndata, all_counts=all_counts)
