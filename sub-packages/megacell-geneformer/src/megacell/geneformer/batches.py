@@ -58,7 +58,7 @@ class MicroBatch:
 
 
 @compiled
-def _number_positions(cu_lengths, positions):
+def _number_positions(cu_lengths: np.ndarray, positions: np.ndarray) -> None:
     for i in range(len(cu_lengths) - 1):
         row = positions[cu_lengths[i] : cu_lengths[i + 1]]
         for j in range(len(row)):

@@ -25,7 +25,7 @@ class _Dtype:
             raise pickle.UnpicklingError(f"numpy dtype {code!r}")
         self.dtype = np.dtype(code)
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
@@ -40,7 +40,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
     """Admits built-in containers and numpy's numbers; refuses every other name before it is imported."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "builtins" and name in CONTAINERS:
+        if module in ("builtins", "__builtin__") and name in CONTAINERS:
             return CONTAINERS[name]
         if module == "numpy" and name == "dtype":
             return _Dtype

@@ -38,12 +38,9 @@ def token_lengths(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
 
     """
     path = cache_directory() / "lengths" / f"{store.digest}-{vocabulary.hash}.npy"
-    try:
-        lengths = np.load(path, mmap_mode="r")
-        if lengths.dtype == np.uint16 and lengths.shape == (len(store),):
-            return lengths
-    except (OSError, ValueError, EOFError):
-        pass  # absent or broken: made again
+    lengths = _mapped(path, len(store))
+    if lengths is not None:
+        return lengths
     lengths = _count(store, vocabulary)
     work = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -51,11 +48,19 @@ def token_lengths(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
         with work.open("wb") as file:
             np.save(file, lengths)
         work.replace(path)
-        return np.load(path, mmap_mode="r")
     except OSError as error:
         log.warning("%s: cannot be written (%s); set MEGACELL_CACHE to save counting again", path, error)
         work.unlink(missing_ok=True)
-        return lengths
+    return lengths
+
+
+def _mapped(path: Path, cells: int) -> np.ndarray | None:
+    """Return cached lengths, or None where there are none or they are broken."""
+    try:
+        lengths: np.ndarray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return lengths if lengths.dtype == np.uint16 and lengths.shape == (cells,) else None
 
 
 def _count(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:

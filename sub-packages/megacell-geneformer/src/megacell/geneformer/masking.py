@@ -14,10 +14,11 @@ depends on its neighbours in a batch, on workers, ranks, or on where a run was r
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from megacell.geneformer.compiling import compiled
+from megacell.geneformer.compiling import compiled, inlined
 from megacell.store.errors import UsageError
 
 TRAINING, VALIDATION, ORDER = 0, 1, 2  # streams of random numbers that never meet
@@ -66,8 +67,8 @@ class MaskSettings:
         return np.rint(shares * 2.0**32).astype(np.uint64)
 
 
-@compiled
-def philox(c0, c1, c2, c3, k0, k1):
+@inlined
+def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
     """Return the four words of Philox4x32-10; counter and key are uint32."""
     for _ in range(10):
         p0 = _M0 * np.uint64(c0)
@@ -84,7 +85,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @compiled
-def philox_words(counter, key):
+def philox_words(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Return Philox's four words, uint32 [4], for a counter, uint32 [4], and a key, uint32 [2]."""
     return np.array(philox(counter[0], counter[1], counter[2], counter[3], key[0], key[1]), dtype=np.uint32)
 
@@ -105,7 +106,7 @@ def stream_key(seed: int, epoch: int, stream: int) -> np.ndarray:
 
 
 @compiled
-def _chosen_positions(n, cell, key, rate, words, positions):
+def _chosen_positions(n: Any, cell: Any, key: np.ndarray, rate: Any, words: np.ndarray, positions: np.ndarray) -> int:
     """Write the positions under ``n`` that are chosen, and return how many; ``words``: uint32 room for n + 3."""
     low, high = np.uint32(cell), np.uint32(cell >> np.uint64(32))
     for block in range((n + 3) // 4):
@@ -120,8 +121,19 @@ def _chosen_positions(n, cell, key, rate, words, positions):
 
 @compiled
 def mask_cells(
-    tokens, cu_lengths, cells, keys, thresholds, gene_tokens, is_gene, mask_token, words, chosen, masked, labels
-):
+    tokens: np.ndarray,
+    cu_lengths: np.ndarray,
+    cells: np.ndarray,
+    keys: np.ndarray,
+    thresholds: np.ndarray,
+    gene_tokens: np.ndarray,
+    is_gene: np.ndarray,
+    mask_token: int,
+    words: np.ndarray,
+    chosen: np.ndarray,
+    masked: np.ndarray,
+    labels: np.ndarray,
+) -> int:
     """Corrupt packed cells in place.
 
     Parameters

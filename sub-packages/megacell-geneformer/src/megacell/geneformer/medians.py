@@ -14,9 +14,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from megacell.geneformer.compiling import compiled
-from megacell.geneformer.ranking import TARGET_SUM, row_total
+from megacell.geneformer.gene_names import is_ensembl
+from megacell.geneformer.ranking_kernels import TARGET_SUM, row_total
 from megacell.geneformer.split import SplitSettings, split_cells
-from megacell.geneformer.vocabulary import Vocabulary, is_ensembl
+from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError
 
@@ -29,7 +30,7 @@ RANKED_BIOTYPES = ("protein_coding", "miRNA")  # Geneformer's choice, where biot
 
 
 @compiled
-def _bits_of_row(counts, bits):
+def _bits_of_row(counts: np.ndarray, bits: np.ndarray) -> None:
     """Write the bits of each normalised value of a row to ``bits``, uint64."""
     total = row_total(counts)
     values = bits.view(np.float64)
@@ -38,7 +39,15 @@ def _bits_of_row(counts, bits):
 
 
 @compiled
-def _survey(indptr, genes, counts, bits, seen, smallest, largest):
+def _survey(
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    counts: np.ndarray,
+    bits: np.ndarray,
+    seen: np.ndarray,
+    smallest: np.ndarray,
+    largest: np.ndarray,
+) -> None:
     """Count each gene's values and find the smallest and largest."""
     for cell in range(len(indptr) - 1):
         row = slice(indptr[cell], indptr[cell + 1])
@@ -52,7 +61,16 @@ def _survey(indptr, genes, counts, bits, seen, smallest, largest):
 
 
 @compiled
-def _count_bins(indptr, genes, counts, bits, low, width, shift, bins):
+def _count_bins(
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    counts: np.ndarray,
+    bits: np.ndarray,
+    low: np.ndarray,
+    width: np.ndarray,
+    shift: np.ndarray,
+    bins: np.ndarray,
+) -> None:
     """Count the values in the lower and upper middle's intervals, in ``bins`` (uint32 [2, G, BINS]) 2^shift wide."""
     for cell in range(len(indptr) - 1):
         row = slice(indptr[cell], indptr[cell + 1])
@@ -67,7 +85,9 @@ def _count_bins(indptr, genes, counts, bits, low, width, shift, bins):
 
 
 @compiled
-def _narrow(low, width, shift, bins, rank, inside):
+def _narrow(
+    low: np.ndarray, width: np.ndarray, shift: np.ndarray, bins: np.ndarray, rank: np.ndarray, inside: np.ndarray
+) -> None:
     """Narrow each interval to the bin of the value that is number ``rank`` (from 0) in it."""
     for side in range(2):
         for g in range(low.shape[1]):
@@ -83,7 +103,16 @@ def _narrow(low, width, shift, bins, rank, inside):
 
 
 @compiled
-def _collect(indptr, genes, counts, bits, low, width, ends, collected):
+def _collect(
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    counts: np.ndarray,
+    bits: np.ndarray,
+    low: np.ndarray,
+    width: np.ndarray,
+    ends: np.ndarray,
+    collected: np.ndarray,
+) -> None:
     """Append the values inside the intervals to each interval's place in ``collected``."""
     for cell in range(len(indptr) - 1):
         row = slice(indptr[cell], indptr[cell + 1])
@@ -103,7 +132,7 @@ class _Rows:
     def __init__(self, store: CellStore, cells: np.ndarray) -> None:
         self.store, self.cells = store, cells
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         for first in range(0, len(self.cells), CELLS_AT_ONCE):
             indptr, genes, counts = self.store.gather(self.cells[first : first + CELLS_AT_ONCE])
             yield indptr, genes, counts, np.empty(int(np.diff(indptr).max(initial=0)), np.uint64)
@@ -173,7 +202,7 @@ def _middles(
 
 
 @compiled
-def _select(collected, starts, rank, middle):
+def _select(collected: np.ndarray, starts: np.ndarray, rank: np.ndarray, middle: np.ndarray) -> None:
     for i in range(len(rank)):
         if starts[i + 1] > starts[i]:
             middle[i] = np.sort(collected[starts[i] : starts[i + 1]])[rank[i]]

@@ -8,6 +8,7 @@ longest-processing-time rule (Graham 1969).
 """
 
 import heapq
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ ROUNDS = 8
 
 
 @compiled
-def _mixed(half, key):
+def _mixed(half: Any, key: Any) -> Any:
     """Mix one half with a round's key: MurmurHash3's 64-bit finaliser."""
     x = half ^ key
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
@@ -27,7 +28,9 @@ def _mixed(half, key):
 
 
 @compiled
-def _permute(positions, n, left_bits, right_bits, keys, places):
+def _permute(
+    positions: np.ndarray, n: Any, left_bits: Any, right_bits: Any, keys: np.ndarray, places: np.ndarray
+) -> None:
     """Write to ``places`` where each of ``positions`` (all under n) goes; arrays are uint64, keys [ROUNDS]."""
     one = np.uint64(1)
     left_mask, right_mask = (one << left_bits) - one, (one << right_bits) - one
@@ -95,7 +98,7 @@ def global_batch(step: int, size: int, n: int, seed: int) -> tuple[np.ndarray, n
 
 
 @compiled
-def _deal(order, lengths, bins, bin_of):
+def _deal(order: np.ndarray, lengths: np.ndarray, bins: int, bin_of: np.ndarray) -> None:
     heap = [(np.int64(0), b) for b in range(bins)]
     for i in order:
         load, lightest = heap[0]

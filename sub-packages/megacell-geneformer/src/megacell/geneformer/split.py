@@ -3,6 +3,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -152,16 +153,16 @@ def _groups(store: CellStore, level: str) -> tuple[np.ndarray, list[str]]:
     sources = np.asarray(store.source_of)
     names = [source.name for source in store.sources]
     if level == SOURCE:
-        codes, seen = pd.factorize(sources)
-        return codes, [f"source {names[i]}" for i in seen]
-    codes, seen = pd.factorize(store.obs_column(level))
-    labels = [f"value {value}" for value in seen]
+        codes, numbers = pd.factorize(sources)
+        return codes, [f"source {names[i]}" for i in numbers]
+    codes, values = pd.factorize(store.obs_column(level))
+    labels = [f"value {value}" for value in values]
     missing = codes < 0
     if missing.any():
-        more, seen_sources = pd.factorize(sources[missing])
+        more, numbers = pd.factorize(sources[missing])
         codes = codes.copy()
         codes[missing] = more + len(labels)
-        labels += [f"source {names[i]}" for i in seen_sources]
+        labels += [f"source {names[i]}" for i in numbers]
     return codes, labels
 
 
@@ -170,7 +171,7 @@ def _order(name: str, seed: int) -> bytes:
 
 
 @compiled
-def _keyed(hashes, seed):
+def _keyed(hashes: np.ndarray, seed: Any) -> np.ndarray:
     """Mix each hash with the seed (SplitMix64's finaliser), uint64 [n]."""
     mixed = np.empty(len(hashes), np.uint64)
     for i in range(len(hashes)):

@@ -4,7 +4,6 @@
 import hashlib
 import json
 import logging
-import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megacell.geneformer.gene_names import clean_ids, is_ensembl, unambiguous, upper
 from megacell.store.durable import flush_file, move_into_place
 from megacell.store.errors import DataError, UsageError
 
 FORMAT, VERSION = "megacell-vocabulary", 1
+FILES = ("vocabulary.json", "genes.parquet", "aliases.parquet")
 SPECIALS = ("pad", "mask", "cls", "eos")
 LEAST_COVERAGE = 0.25  # share of the vocabulary's genes that a file has to measure
-ENSEMBL_ID = re.compile(r"ENS[A-Z]*\d{11}")
-ENSEMBL_VERSION = r"^(ENS[A-Z]*\d{11})\.\d+$"  # only real ids lose a version: symbols such as AC000123.1 keep theirs
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +86,10 @@ class Vocabulary:
 
         """
         path = Path(path)
+        for name in FILES:
+            if not (path / name).is_file():
+                make = "make one with `megacell vocabulary build` or `import`"
+                raise DataError(f"{path}: not a vocabulary ({name} is missing); {make}")
         try:
             meta = json.loads((path / "vocabulary.json").read_text(encoding="utf-8"))
             if meta.get("format") != FORMAT:
@@ -111,12 +114,7 @@ class Vocabulary:
                 provenance=meta["provenance"],
             )
             written = meta["sha256"]
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{path}: not a vocabulary ({Path(error.filename).name} is missing); "
-                "make one with `megacell vocabulary build` or `import`"
-            ) from None
-        except (NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise DataError(f"{path}: a broken vocabulary ({error}); make it again") from None
         if vocabulary.hash != written:
             raise DataError(f"{path}: a file has changed since the vocabulary was written; make it again")
@@ -197,11 +195,11 @@ class Vocabulary:
         """Row of each gene by its id, and by every other name: alias first, then symbol; ambiguous names left out."""
         rows = np.arange(len(self.gene_ids))
         ids = pd.Series(rows, index=pd.Index(self.gene_ids, dtype=object))
-        upper = _unambiguous(pd.Series(rows, index=_upper(self.gene_ids)))
+        upper_ids = unambiguous(pd.Series(rows, index=upper(self.gene_ids)))
         aliases = pd.Series(ids.reindex(list(self.aliases.values())).to_numpy(), index=list(self.aliases), dtype=int)
         named = self.symbols != ""
-        symbols = _unambiguous(pd.Series(rows[named], index=_upper(self.symbols[named])))
-        names = pd.concat([upper, aliases, symbols])
+        symbols = unambiguous(pd.Series(rows[named], index=upper(self.symbols[named])))
+        names = pd.concat([upper_ids, aliases, symbols])
         return ids, names[~names.index.duplicated()]
 
     def _rows_of(self, gene_ids: Sequence[str] | np.ndarray, symbols: Sequence[str] | np.ndarray | None) -> np.ndarray:
@@ -213,9 +211,9 @@ class Vocabulary:
         ids, names = self._rows_by_name
         given = clean_ids(gene_ids)
         rows = ids.reindex(given).fillna(-1).to_numpy(np.int64)
-        rows = np.where(rows >= 0, rows, names.reindex(_upper(given)).fillna(-1).to_numpy(np.int64))
+        rows = np.where(rows >= 0, rows, names.reindex(upper(given)).fillna(-1).to_numpy(np.int64))
         if symbols is not None:
-            by_symbol = names.reindex(_upper(symbols)).fillna(-1).to_numpy(np.int64)
+            by_symbol = names.reindex(upper(symbols)).fillna(-1).to_numpy(np.int64)
             both = is_ensembl(given) & is_ensembl(self.gene_ids)[by_symbol]
             rows = np.where((rows < 0) & ~both, by_symbol, rows)
         return rows
@@ -248,17 +246,6 @@ def refuse_existing(path: Path) -> None:
     """
     if path.exists() or path.is_symlink():
         raise UsageError(f"{path}: exists; give another --out or remove it first")
-
-
-def clean_ids(gene_ids: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Return gene ids, object [n], without surrounding space and without the version of an Ensembl id."""
-    series = pd.Series(np.asarray(gene_ids, dtype=object), dtype=object).astype(str).str.strip()
-    return series.str.replace(ENSEMBL_VERSION, r"\1", regex=True).to_numpy(object)
-
-
-def is_ensembl(gene_ids: np.ndarray) -> np.ndarray:
-    """Return which of the ids are Ensembl gene ids, bool [n]."""
-    return pd.Series(gene_ids, dtype=object).str.fullmatch(ENSEMBL_ID.pattern).to_numpy(bool)
 
 
 def check_coverage(
@@ -318,16 +305,8 @@ def _recased_share(
     )
     known = vocabulary.symbols[rows[by_name]]
     known = np.where(known == "", vocabulary.gene_ids[rows[by_name]], known)
-    same = (names == known) | (names == _upper(names))
+    same = (names == known) | (names == upper(names))
     return float(1 - same.mean())
-
-
-def _upper(names: Sequence[str] | np.ndarray) -> pd.Index:
-    return pd.Index(pd.Series(np.asarray(names, dtype=object), dtype=object).str.strip().str.upper(), dtype=object)
-
-
-def _unambiguous(rows: pd.Series) -> pd.Series:
-    return rows[~rows.index.duplicated(keep=False)]
 
 
 def _faults(v: Vocabulary) -> list[str]:
