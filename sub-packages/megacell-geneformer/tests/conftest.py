@@ -105,6 +105,24 @@ def real_cells(data):
 
 
 @pytest.fixture(scope="session")
+def real_store(data, tmp_path_factory):
+    """All real cells as a store."""
+    from megacell.store import CellStore, convert
+
+    path = tmp_path_factory.mktemp("real") / "store"
+    convert(data / "cells", path)
+    return CellStore.open(path)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache of each test's own."""
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MEGACELL_CACHE", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
 def made_up():
     """The class of stores in memory."""
     return StoreInMemory

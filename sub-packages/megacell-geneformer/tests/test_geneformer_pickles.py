@@ -73,7 +73,16 @@ class Danger:
         ({"a": OrderedDict(b="c")}, r"collections\.OrderedDict"),
         (Danger(np.dtype, "O"), "dtype 'O'"),
     ],
-    ids=["a shell", "eval", "getattr", "numpy.load", "an array", "a numpy text", "an ordered dictionary", "a dtype of objects"],
+    ids=[
+        "a shell",
+        "eval",
+        "getattr",
+        "numpy.load",
+        "an array",
+        "a numpy text",
+        "an ordered dictionary",
+        "a dtype of objects",
+    ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_anything_else_in_a_pickle_is_refused_by_name_and_not_run(content, name, protocol, pickled, monkeypatch):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many known genes each cell of a store has under a vocabulary: counted once, kept in a cache, mapped."""
 
+import contextlib
 import logging
 import os
 import secrets
@@ -50,7 +51,8 @@ def token_lengths(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
         work.replace(path)
     except OSError as error:
         log.warning("%s: cannot be written (%s); set MEGACELL_CACHE to save counting again", path, error)
-        work.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            work.unlink()
     return lengths
 
 
