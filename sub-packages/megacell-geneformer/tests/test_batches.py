@@ -3,6 +3,7 @@
 
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,14 +46,8 @@ def cells_in(batches):
         for i, cell in enumerate(batch.cells):
             first, last = batch.cu_seqlens[i], batch.cu_seqlens[i + 1]
             here = (batch.masked >= first) & (batch.masked < last)
-            found.append(
-                (
-                    int(cell),
-                    batch.tokens[first:last].tolist(),
-                    (batch.masked[here] - first).tolist(),
-                    batch.labels[here].tolist(),
-                )
-            )
+            looks = batch.tokens[first:last], batch.masked[here] - first, batch.labels[here]
+            found.append((int(cell), *(array.tolist() for array in looks)))
     return found
 
 
@@ -61,9 +56,8 @@ def test_a_micro_batch_is_laid_out_as_it_says(stream, store, vocabulary_for):
     for batch in stream().step(0):
         n = len(batch.cells)
         starts = batch.cu_seqlens
-        assert [a.dtype for a in (batch.tokens, batch.positions, batch.masked, batch.labels, batch.cells)] == [
-            np.int64
-        ] * 5
+        arrays = (batch.tokens, batch.positions, batch.masked, batch.labels, batch.cells)
+        assert [array.dtype for array in arrays] == [np.int64] * 5
         assert starts.dtype == np.int32
         assert len(batch.tokens) % 8 == 0
         assert starts[n] == batch.n_tokens <= 150
@@ -131,7 +125,7 @@ def test_real_cells_are_what_rank_encode_makes_of_the_file(real_store, real_cell
         max_length=2048, global_batch=100, token_budget=32_768, seed=0, masking=MaskSettings(rate=0), validation=True,
     )  # fmt: skip
     found = sorted(cell for k in range(stream.steps_per_epoch) for cell in cells_in(stream.step(k)))
-    assert [tokens for _, tokens, _, _ in found] == [expected[a:b].tolist() for a, b in zip(cu, cu[1:], strict=False)]
+    assert [tokens for _, tokens, _, _ in found] == [expected[a:b].tolist() for a, b in pairwise(cu)]
 
 
 def test_a_step_is_the_same_whenever_and_wherever_it_is_made(stream):
@@ -190,8 +184,8 @@ class TestValidation:
             validation.step(3)
 
     def test_its_masks_are_not_those_of_training(self, stream):
-        validation = dict((c[0], c) for c in cells_in(stream(validation=True, global_batch=190).step(0)))
-        training = dict((c[0], c) for c in cells_in(stream(global_batch=190).step(0)))
+        validation = {c[0]: c for c in cells_in(stream(validation=True, global_batch=190).step(0))}
+        training = {c[0]: c for c in cells_in(stream(global_batch=190).step(0))}
         assert validation.keys() == training.keys()
         same = sum(validation[cell] == training[cell] for cell in training)
         assert same < 10
@@ -278,7 +272,8 @@ class TestPrefetching:
 
         monkeypatch.setattr(store, "gather", fail)
         ahead = working.prefetched(0, 10, depth=4)
-        assert cells_in(next(ahead)) and cells_in(next(ahead))
+        assert cells_in(next(ahead))
+        assert cells_in(next(ahead))
         with pytest.raises(DataError, match=rf"step 2, cells .*\b{poisoned}\b.*: unreadable page"):
             next(ahead)
         assert not self.threads()
@@ -302,7 +297,9 @@ class TestPrefetching:
         made = []
         gather = store.gather
         monkeypatch.setattr(store, "gather", lambda cells: made.append(len(cells)) or gather(cells))
-        with stream(token_budget=1000).prefetched(0, depth=3):
+        working = stream(token_budget=1000)
+        made.clear()
+        with working.prefetched(0, depth=3):
             deadline = time.monotonic() + 30
             while len(made) < 3 and time.monotonic() < deadline:
                 time.sleep(0.01)

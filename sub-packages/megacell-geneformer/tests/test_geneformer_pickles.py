@@ -80,7 +80,7 @@ class Danger:
         "numpy.load",
         "an array",
         "a numpy text",
-        "an ordered dictionary",
+        "another container",
         "a dtype of objects",
     ],
 )
