@@ -59,8 +59,10 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def counts() -> np.ndarray:
-    """60 cells x 300 genes with totals like real ones."""
-    return make_counts(60, 300)
+    """60 cells x 300 genes with totals like real ones, and counts that do not fit a byte."""
+    counts = make_counts(60, 300, depth=800.0)
+    counts[5, 7], counts[6, 8], counts[7, 9] = 255, 777, 70_000
+    return counts
 
 
 def all_counts(store: CellStore, gene_ids: Any) -> np.ndarray:

@@ -125,6 +125,7 @@ def test_log_values_of_real_cells_are_refused_and_recovered(real_cells, made: Si
 def test_scanpys_pbmc_recovers_whole_counts(made: SimpleNamespace, tmp_path):
     """Its raw holds log values rounded to three decimals: division by the smallest is off by up to 0.11."""
     import scanpy
+
     data = scanpy.datasets.pbmc68k_reduced()
     data.write_h5ad(tmp_path / "pbmc68k.h5ad")
     convert(tmp_path / "pbmc68k.h5ad", tmp_path / "store", counts="recover", allow_subset=True)
@@ -148,7 +149,7 @@ def test_a_layer_of_variable_genes_is_never_taken_over_a_fuller_raw(real_cells, 
     data.write_h5ad(tmp_path / "hvg.h5ad")
     with pytest.raises(DataError, match=r"layer:counts holds counts of only 8,000 genes.*raw has 13,558 genes but"):
         convert(tmp_path / "hvg.h5ad", tmp_path / "store")
-    with pytest.raises(DataError, match="measures only 8,000 genes.*--allow-subset"):
+    with pytest.raises(DataError, match=r"measures only 8,000 genes.*--allow-subset"):
         convert(tmp_path / "hvg.h5ad", tmp_path / "store", counts="layer:counts")
     report = convert(tmp_path / "hvg.h5ad", tmp_path / "store", counts="layer:counts", allow_subset=True)
     assert report.sources[0].subset

@@ -81,6 +81,17 @@ def locate(cells: Any, first: Any, table: Any) -> tuple[Any, Any, Any, int]:
 
 
 @compiled
+def _copy_genes(source: Any, start: int, out: Any, begin: int, end: int) -> int:
+    """Copy a row's gene numbers and return the largest: scipy trusts what it is given, so we do not."""
+    largest = 0
+    for k in range(end - begin):
+        gene = source[start + k]
+        out[begin + k] = gene
+        largest = max(largest, gene)
+    return largest
+
+
+@compiled
 def _copy_row(source: Any, start: int, out: Any, begin: int, end: int) -> None:
     for k in range(end - begin):
         out[begin + k] = source[start + k]
@@ -135,9 +146,11 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
             continue
         stop = start + end - begin
         if table[shard, INDICES_KIND] == 1:
-            _copy_row(numba.carray(_uint16_at(table[shard, INDICES]), stop), start, genes, begin, end)
+            largest = _copy_genes(numba.carray(_uint16_at(table[shard, INDICES]), stop), start, genes, begin, end)
         else:
-            _copy_row(numba.carray(_uint32_at(table[shard, INDICES]), stop), start, genes, begin, end)
+            largest = _copy_genes(numba.carray(_uint32_at(table[shard, INDICES]), stop), start, genes, begin, end)
+        if largest >= n_genes:
+            return int(shard)
         kind = table[shard, COUNTS_KIND]
         if kind == 0:
             _copy_row(numba.carray(_uint8_at(table[shard, COUNTS]), stop), start, counts, begin, end)
@@ -149,7 +162,4 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
             _copy_row(numba.carray(_uint32_at(table[shard, COUNTS]), stop), start, counts, begin, end)
         else:
             _copy_row(numba.carray(_float32_at(table[shard, COUNTS]), stop), start, counts, begin, end)
-        # rows are sorted, so the last gene is the largest of a sound row; scipy trusts what it is given
-        if genes[end - 1] < 0 or genes[end - 1] >= n_genes:
-            return int(shard)
     return -1

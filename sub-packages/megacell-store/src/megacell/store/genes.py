@@ -96,13 +96,15 @@ def read_features(var: pd.DataFrame, where: str, gene_ids: str = "auto", other: 
     if is_ensembl:
         ids = np.array([_VERSION.sub(r"\1", i) for i in ids], dtype=object)
         nameless = is_gene & ~named
-        ids[nameless] = symbols[nameless]
+        ids[nameless] = np.where(symbols[nameless] != "", symbols[nameless], ids[nameless])
         if nameless.any():
             notes.append(f"{nameless.sum():,} genes without an Ensembl id go by their symbol")
     elif np.mean([i.isdecimal() or not i for i in ids[is_gene]]) > 0.5:
         raise DataError(
             f"{where}: genes are numbered, not named; name the column that holds their ids: --gene-ids COLUMN"
         )
+    if unnamed := int((is_gene & (ids == "")).sum()):
+        notes.append(f"{unnamed:,} columns without a name dropped")
     is_gene &= ids != ""
     biotypes = next((texts[c] for c in _BIOTYPE_COLUMNS if c in texts), np.full(len(var), "", object))
     return _distinct(ids, symbols, biotypes, is_gene, "ensembl" if is_ensembl else "symbol", notes)

@@ -21,6 +21,8 @@ from megacell.store.errors import DataError
 
 Array = np.ndarray[Any, Any]
 Block = tuple[int, Array, Array, Array]
+# what h5py and NumPy raise where the bytes of a file lead them astray
+DAMAGE = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError)
 ROWS, VALUES = 1 << 14, 1 << 21  # a block's rows and values at most (one row is never cut)
 
 
@@ -48,7 +50,7 @@ class Matrix(ABC):
         """Turn what HDF5 says of a damaged file into an error that names file and place."""
         try:
             yield
-        except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        except DAMAGE as error:
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"{self.place}: cannot be read ({line}); the file is damaged, fetch it again") from error
 

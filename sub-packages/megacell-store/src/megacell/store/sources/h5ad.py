@@ -15,7 +15,7 @@ from megacell.store.canonical import BAD_COLUMN, FRACTIONAL, NEGATIVE, NOT_FINIT
 from megacell.store.counts import LENGTH_NORMALISED, UMI
 from megacell.store.errors import DataError, UsageError
 from megacell.store.recover import recover_rows, tolerances
-from megacell.store.sources.h5_matrix import ROWS
+from megacell.store.sources.h5_matrix import DAMAGE, ROWS
 from megacell.store.sources.h5ad_counts import Choice, choose_counts, first_line, read_frame
 from megacell.store.species import stated_species
 
@@ -207,6 +207,9 @@ def open_h5ad(
             mend = "give counts, or --allow-length-normalised (medians of counts do not apply)"
             raise DataError(f"{choice.matrix.place}: totals of a million look like TPM; {mend}")
         return H5adSource(file, path, obs, choice, stated_species(obs, var, uns))
+    except DAMAGE as error:
+        file.close()
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); the file is damaged, fetch it again") from error
     except BaseException:
         file.close()
         raise
