@@ -9,6 +9,11 @@ from typing import Any
 def register(commands: Any) -> None:
     """Add the sub-commands to argparse's sub-parsers."""
     _register_vocabulary(commands)
+    _register_pretrain(commands)
+    _register_export(commands)
+    _register_evaluate(commands)
+    _register_embed(commands)
+    _register_demo(commands)
 
 
 def _register_vocabulary(commands: Any) -> None:
@@ -74,4 +79,141 @@ def _save(vocabulary: Any, out: Path, lines: list[str]) -> int:
         f"{out}: vocabulary {vocabulary.name}, {len(vocabulary.gene_ids):,} genes, specials {specials}, "
         f"cells of up to {vocabulary.max_length:,} tokens, sha256 {vocabulary.hash[:12]}…"
     )
+    return 0
+
+
+_PRETRAIN = """\
+examples:
+  megacell pretrain store=STORE vocabulary=VOCAB model=tiny out=RUN
+  megacell pretrain store=STORE vocabulary=VOCAB model=geneformer_10m out=RUN devices=8 precision=bf16 batch.cells=2048
+  megacell pretrain store=STORE vocabulary=VOCAB out=RUN devices=2 parallel.tensor=2
+  megacell pretrain out=RUN resume=true             go on from the newest checkpoint
+  torchrun --nnodes 4 --nproc-per-node 8 -m megacell.store.cli pretrain store=… vocabulary=… out=…
+
+exit codes: 0 done, 1 bad data, 2 wrong usage, 75 ended by SIGTERM, SIGUSR1 or Ctrl-C after a checkpoint was saved
+"""
+
+
+def _quiet() -> None:
+    """Keep NeMo's, Lightning's and Megatron's own lines out of ours, from their import on."""
+    from megacell.geneformer.training.device import quiet
+
+    quiet()
+
+
+def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    return parser
+
+
+def _register_pretrain(commands: Any) -> None:
+    parser = _add(commands, "pretrain", "train a model on a store (a Hydra app: OPTION=VALUE)", _PRETRAIN)
+    parser.add_argument("settings", nargs="*", metavar="OPTION=VALUE", help="Hydra overrides")
+    parser.add_argument("--cfg", action="store_true", help="print the composed options and stop")
+    parser.set_defaults(run=_pretrain)
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    if args.cfg:
+        from omegaconf import OmegaConf
+
+        from megacell.geneformer.training.settings import compose
+
+        print(OmegaConf.to_yaml(compose(args.settings)), end="")
+        return 0
+    from megacell.geneformer.training.pretrain import main
+
+    return main(args.settings)
+
+
+def _register_export(commands: Any) -> None:
+    example = "example:\n  megacell export RUN --to nemo --out model.nemo"
+    parser = _add(commands, "export", "write a trained model as one portable file", example)
+    parser.add_argument("model", type=Path, metavar="RUN|CKPT", help="a run (its newest checkpoint) or a checkpoint")
+    parser.add_argument("--to", choices=["nemo"], required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    _quiet()
+    from megacell.geneformer.interchange.nemo import save
+    from megacell.geneformer.interchange.open import open_model
+    from megacell.geneformer.vocabulary import refuse_existing
+
+    refuse_existing(args.out)
+    model = open_model(args.model)
+    save(model, args.out)
+    print(f"{args.out}: step {model.cfg.provenance.step}, {args.out.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _register_evaluate(commands: Any) -> None:
+    example = "example:\n  megacell evaluate RUN STORE --by cell_type"
+    parser = _add(commands, "evaluate", "held-out loss of a model beside baselines that need none", example)
+    parser.add_argument("model", type=Path, metavar="MODEL", help=".nemo file, run or checkpoint")
+    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("--by", metavar="COLUMN", help="also by the values of an obs column")
+    parser.add_argument("--cells", type=int, default=2000, help="most held-out cells (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _quiet()
+    from megacell.geneformer.evaluate import evaluate
+
+    result = evaluate(args.model, args.store, by=args.by, cells=args.cells)
+    print(result.to_json() if args.json else result.table())
+    return 0
+
+
+def _register_embed(commands: Any) -> None:
+    example = "example:\n  megacell embed model.nemo cells.h5ad --out embedded.h5ad"
+    parser = _add(commands, "embed", "embed cells; writes obsm['X_megacell'] in the input's order", example)
+    parser.add_argument("model", type=Path, metavar="MODEL", help=".nemo file, run or checkpoint")
+    parser.add_argument("data", type=Path, metavar="DATA", help=".h5ad file or store")
+    parser.add_argument("--out", type=Path, required=True, metavar="F.h5ad|F.npy|F.parquet")
+    parser.add_argument("--pool", choices=["mean", "cls"], default="mean", help="default: %(default)s")
+    parser.add_argument(
+        "--layer", default="second_to_last", help="last, second_to_last or a number from 1 (default: %(default)s)"
+    )
+    parser.add_argument("--counts", default="auto", help="which matrix holds counts, as in convert")
+    parser.add_argument("--gene-ids", default="auto", help="where gene ids stand, as in convert")
+    parser.add_argument("--allow-subset", action="store_true", help="take a file with a selection of genes")
+    parser.add_argument("--allow-low-coverage", action="store_true", help="take a file of under 25 %% of the genes")
+    parser.set_defaults(run=_embed)
+
+
+def _embed(args: argparse.Namespace) -> int:
+    _quiet()
+    from megacell.geneformer.embed import embed_file
+
+    for line in embed_file(
+        args.model, args.data, args.out, pool=args.pool, layer=args.layer, counts=args.counts,
+        gene_ids=args.gene_ids, allow_subset=args.allow_subset, allow_low_coverage=args.allow_low_coverage,
+    ):  # fmt: skip
+        print(line)
+    return 0
+
+
+def _register_demo(commands: Any) -> None:
+    example = "examples:\n  megacell demo\n  megacell demo --data FOLDER --out demo --tensor 2"
+    parser = _add(commands, "demo", "the whole path on real cells, in a few minutes on two CPU cores", example)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to make (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="your folder of .h5ad files, in place of scanpy's PBMC")
+    parser.add_argument("--label", default="cell_type", help="obs column of cell types (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps (default: the demo's)")
+    parser.add_argument("--tensor", type=int, choices=[1, 2], default=1, help="2: tensor instead of data parallel")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    _quiet()
+    from megacell.geneformer.demo import demo
+
+    demo(args.out, data=args.data, label=args.label, steps=args.steps, tensor=args.tensor)
     return 0

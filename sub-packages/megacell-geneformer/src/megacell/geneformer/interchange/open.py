@@ -38,6 +38,8 @@ def open_model(path: Path):
     from megacell.geneformer.training import checkpoint, device
     from megacell.geneformer.training.module import GeneformerModel
 
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
     if path.is_file():
         return GeneformerModel.restore_from(str(path)).eval()
     folder = find_checkpoint(path)

@@ -8,7 +8,6 @@ so that weights, the optimizer's state and the step are all there is to save.
 """
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import xxhash
+
+from megacell.store.durable import flush_file, hash_file, move_into_place
 from megacell.store.errors import DataError
 
 FORMAT, VERSION = "megacell-checkpoint", 1
@@ -48,22 +48,6 @@ class Signals:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-
-
-def _digest(path: Path) -> str:
-    state = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            state.update(block)
-    return state.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _state(bert, optimizer=None, *, loading: bool) -> dict:
@@ -103,16 +87,15 @@ def save(folder: Path, step: int, bert, optimizer, facts: dict, keep: int) -> Pa
     dist_checkpointing.save(_state(bert, optimizer, loading=False), str(temporary))
     dist.barrier()
     if first:
-        files = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(temporary.iterdir())}
+        files = {p.name: [p.stat().st_size, hash_file(p)] for p in sorted(temporary.iterdir())}
         marker = temporary / MARKER
         marker.write_text(
             json.dumps({"format": FORMAT, "version": VERSION, "step": step, **facts, "files": files}, indent=1)
         )
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+        for path in temporary.iterdir():
+            flush_file(path)
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        _sync(folder)
+        move_into_place(temporary, target)
         for old in sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -135,7 +118,7 @@ def check(checkpoint: Path) -> dict:
     facts = read_facts(checkpoint)
     for name, (size, digest) in facts["files"].items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size or _digest(path) != digest:
+        if not path.is_file() or path.stat().st_size != size or hash_file(path) != digest:
             raise DataError(
                 f"{path}: missing or damaged (expected {size:,} bytes, xxh3 {digest}); take another checkpoint"
             )

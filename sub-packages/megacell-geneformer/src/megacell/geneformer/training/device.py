@@ -7,6 +7,7 @@ for the CPU, so that the code path of a GPU is the one that is tested without on
 
 import contextlib
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator
 from unittest import mock
@@ -17,17 +18,34 @@ from torch.overrides import TorchFunctionMode
 
 _NOISE = (  # said by Megatron and torch at every start, and nothing that a user of ours can mend
     "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
     "full scope is deprecated",
     "When using async grad allreduce",
     r"`torch.distributed\.\w+` is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf",
     "Converting a tensor with requires_grad=True",
+    "`load_state_dict` is deprecated",
+    "You are using `torch.load` with `weights_only=False`",
 )
 
 
 def device() -> torch.device:
     """Return the device of this process: its current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def quiet() -> None:
+    """Have NeMo, Lightning and Megatron say only what is wrong; a run says itself what it does."""
+    for message in (*_NOISE, r"`LightningModule.configure_optimizers` returned `None`"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)  # telemetry that NeMo brings along, and does not use
+    import lightning.pytorch  # noqa: F401, both set their levels when they are imported
+    import nemo.core  # noqa: F401
+    from nemo.utils import logging as nemo_logging
+
+    for name in ("lightning.pytorch", "lightning.fabric", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    nemo_logging.setLevel(logging.ERROR)
 
 
 class _CudaOnCpu(TorchFunctionMode):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megacell.geneformer.training import launch, settings
+from megacell.geneformer.training import device, launch, settings
 from megacell.store.errors import DataError, UsageError
 from omegaconf import DictConfig, OmegaConf
 
@@ -41,6 +41,7 @@ def check_out(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig) -> int:
     """Train on this rank."""
+    device.quiet()
     import lightning.pytorch as pl
     from megacell.geneformer.training.module import GeneformerModel
     from megacell.geneformer.training.strategy import MegatronStrategy
@@ -66,7 +67,7 @@ def train(cfg: DictConfig) -> int:
     exp_manager(
         trainer,
         {
-            "explicit_log_dir": str(Path(cfg.out).resolve()),
+            "explicit_log_dir": str(Path(cfg.out).resolve() / "logs"),  # it moves aside what else lies in there
             "create_tensorboard_logger": cfg.logger.tensorboard,
             "create_checkpoint_callback": False,
             "create_preemption_callback": False,

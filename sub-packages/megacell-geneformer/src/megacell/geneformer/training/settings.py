@@ -41,7 +41,7 @@ def compose(overrides: list[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -58,8 +58,11 @@ def compose(overrides: list[str]) -> DictConfig:
                 )
             cfg = OmegaConf.merge(kept, OmegaConf.from_dotlist(given), {"resume": True, "out": cfg.out})
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    except MissingMandatoryValue as error:
+        raise UsageError(f"{error.full_key}=… must be given") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        text = " ".join(str(error).split()).split(" Config search path:")[0].split(" full_key:")[0]
+        raise UsageError(f"{text}; `megacell pretrain --cfg …` prints all options") from error
     OmegaConf.set_struct(cfg, True)
     _check(cfg)
     return cfg

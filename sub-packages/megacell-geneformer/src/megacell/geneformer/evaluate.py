@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a model predicts masked genes of held-out cells, beside what needs no network: frequency, and arithmetic.
+
+Cells of a store are held out as the model's own run did it. The baselines are fitted on the store's other cells and
+meet exactly the masked genes that the model meets. Count arithmetic (``count_arithmetic``) uses that a ranking gives
+most counts away; a model that does not beat it may have learned nothing about cells.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megacell.geneformer.batches import BatchStream, MicroBatch
+from megacell.geneformer.count_arithmetic import CountArithmetic
+from megacell.geneformer.lengths import token_lengths
+from megacell.geneformer.masking import MaskSettings
+from megacell.geneformer.split import SplitSettings, split_cells
+from megacell.geneformer.training.data import gene_tokens, masked_ranks
+from megacell.geneformer.vocabulary import check_coverage
+from megacell.store import CellStore
+from megacell.store.errors import DataError, UsageError
+
+PREDICTORS = ("model", "frequency", "rank_frequency", "count_arithmetic")
+TITLES = ("model", "gene frequency", "frequency at that rank", "count arithmetic")
+BATCH_CELLS = 64
+FITTED_CELLS = 20_000  # most training cells that the baselines are fitted on
+PACK_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats of each predictor, over all masked genes and by group.
+
+    Attributes
+    ----------
+    rows : list of dict
+        ``group``, ``cells``, ``masked_genes``, and a loss (or None) and its standard error over cells a predictor.
+    split : str
+        How cells were held out.
+    """
+
+    split: str
+    fitted_cells: int
+    rows: list[dict[str, Any]]
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    def table(self) -> str:
+        """Return it as text."""
+        head = f"{'':24}{'cells':>8}{'masked':>10}" + "".join(f"{title:>26}" for title in TITLES)
+        lines = [f"held-out loss in nats (± standard error over cells); {self.split}", head]
+        for row in self.rows:
+            losses = "".join(
+                f"{'not defined' if row[name] is None else '{:.3f} ± {:.3f}'.format(*row[name]):>26}" for name in PREDICTORS
+            )
+            lines.append(f"{row['group'][:23]:24}{row['cells']:>8,}{row['masked_genes']:>10,}{losses}")
+        return "\n".join(lines)
+
+
+def evaluate(model_path: Path, store_path: Path, *, by: str | None = None, cells: int = 2000) -> Evaluation:
+    """Evaluate a model on the held-out cells of a store.
+
+    Parameters
+    ----------
+    model_path : Path
+        .nemo file, run or checkpoint.
+    store_path : Path
+    by : str, optional
+        An obs column: also a row for each of its values.
+    cells : int
+        Most held-out cells.
+
+    Raises
+    ------
+    UsageError, DataError
+        For a column that is not there, no held-out cell, a store that does not fit the model's vocabulary.
+    """
+    from megacell.geneformer.interchange.open import open_model
+
+    store = CellStore.open(store_path)
+    if by is not None and by not in store.obs_columns:
+        raise UsageError(f"--by {by}: {store_path} has no such column; it has {', '.join(store.obs_columns)}")
+    model = open_model(model_path)
+    check_coverage(store.gene_ids, store.symbols, model.vocabulary, str(store_path), allow=True)
+    data = model.cfg.provenance.data
+    split = split_cells(store, SplitSettings(**data.split))
+    lengths = token_lengths(store, model.vocabulary)
+    train, held_out = (np.flatnonzero(side & (lengths > 0)) for side in (split.train, split.validation))
+    if not len(train) or not len(held_out):
+        raise DataError(f"{store_path}: no cells held out, or none left to fit baselines on ({split.line})")
+    streams = _Streams(store, model, lengths, data)
+    train = np.random.default_rng(data.seed).permutation(train)[:FITTED_CELLS]
+    arithmetic, reason = _fit(streams.of(np.sort(train)), store, model)
+    held_out = held_out[:cells]
+    losses = _losses(streams.of(held_out), model, arithmetic, with_counts=not reason)
+    line = f"{split.line}; count arithmetic is not defined here: {reason}" if reason else split.line
+    groups = {"all": np.ones(len(losses["cell"]), bool)}
+    if by is not None:
+        labels = store.obs_column(by).astype("string").fillna("(missing)").to_numpy(str)[losses["cell"]]
+        groups |= {label: labels == label for label in np.unique(labels)}
+    return Evaluation(line, len(train), [_row(group, losses, chosen) for group, chosen in groups.items()])
+
+
+@dataclass
+class _Streams:
+    store: CellStore
+    model: Any
+    lengths: np.ndarray
+    data: Any
+
+    def of(self, cells: np.ndarray) -> BatchStream:
+        return BatchStream(
+            self.store, self.model.vocabulary, cells, self.lengths, max_length=self.model.sizes.max_length,
+            global_batch=BATCH_CELLS, token_budget=max(PACK_TOKENS, self.model.sizes.max_length), multiple_of=1,
+            seed=int(self.data.seed), masking=MaskSettings(**self.data.masking), validation=True,
+        )  # fmt: skip
+
+
+def _batches(stream: BatchStream):
+    for step in range(stream.steps_per_epoch):
+        yield from stream.step(step)
+
+
+def _fit(stream: BatchStream, store: CellStore, model: Any) -> tuple[CountArithmetic, str]:
+    """Fit all three baselines in one pass; a reason is returned where count arithmetic is not defined."""
+    vocabulary = model.vocabulary
+    arithmetic = CountArithmetic(vocabulary.size, vocabulary.gene_tokens)
+    token_of = vocabulary.tokens_of(store.gene_ids, store.symbols)
+    reason = ""
+    for batch in _batches(stream):
+        tokens, bounds = gene_tokens(batch, vocabulary)
+        if not reason:
+            try:
+                arithmetic.add(tokens, _counts_of(store, batch.cells, tokens, bounds, token_of, vocabulary.size), bounds)
+                continue
+            except DataError as error:
+                reason = str(error)
+        arithmetic.frequency.add(tokens, bounds)
+    if not reason:
+        medians = np.ones(vocabulary.size)
+        medians[vocabulary.tokens] = vocabulary.medians
+        arithmetic.fit(medians)
+    return arithmetic, reason
+
+
+def _counts_of(
+    store: CellStore, cells: np.ndarray, tokens: np.ndarray, bounds: np.ndarray, token_of: np.ndarray, size: int
+) -> np.ndarray:
+    """Return the counts of flat gene tokens; several genes of one token are summed, as they were for the ranking."""
+    import scipy.sparse as sp
+
+    known = np.flatnonzero(token_of >= 0)
+    to_tokens = sp.csr_matrix((np.ones(len(known)), (known, token_of[known])), (len(token_of), size))
+    by_token = sp.csr_matrix(store.rows(cells), dtype=np.float64) @ to_tokens
+    cell = np.repeat(np.arange(len(cells)), np.diff(bounds))
+    return np.asarray(by_token[cell, tokens]).ravel()
+
+
+@torch.inference_mode()
+def _losses(stream: BatchStream, model: Any, arithmetic: CountArithmetic, *, with_counts: bool) -> dict[str, np.ndarray]:
+    """Return for each masked gene its cell's global number and every predictor's loss."""
+    from megacell.geneformer.model.bert import Pack
+    from megacell.geneformer.training import device
+
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("cell", *PREDICTORS)}
+    where = next(model.bert.parameters()).device
+    for batch in _batches(stream):
+        with device.single_process():
+            found["model"].append(model.bert(Pack.of(batch, where)).float().cpu().numpy())
+        rank, genes = masked_ranks(batch, model.vocabulary)
+        found["frequency"].append(arithmetic.frequency.frequency_nats(batch.labels))
+        found["rank_frequency"].append(arithmetic.frequency.rank_frequency_nats(batch.labels, rank, genes))
+        if with_counts:
+            found["count_arithmetic"].append(_arithmetic_nats(batch, model.vocabulary, arithmetic))
+        found["cell"].append(batch.cells[np.searchsorted(batch.cu_seqlens, batch.masked, side="right") - 1])
+    return {name: np.concatenate(parts) for name, parts in found.items() if parts}
+
+
+def _arithmetic_nats(batch: MicroBatch, vocabulary: Any, arithmetic: CountArithmetic) -> np.ndarray:
+    true, bounds = gene_tokens(batch, vocabulary)
+    rank, _ = masked_ranks(batch, vocabulary)
+    cell = np.searchsorted(batch.cu_seqlens, batch.masked, side="right") - 1
+    at = bounds[cell] + rank
+    shown = true.copy()
+    shown[at] = batch.tokens[batch.masked]
+    chosen = np.zeros(len(true), bool)
+    chosen[at] = True
+    return arithmetic.nats(shown, true, chosen, shown == vocabulary.specials["mask"], bounds)
+
+
+def _row(group: str, losses: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, Any]:
+    cell, place = np.unique(losses["cell"][chosen], return_inverse=True)
+    row: dict[str, Any] = {"group": group, "cells": len(cell), "masked_genes": int(chosen.sum())}
+    weights = np.bincount(place)
+    for name in PREDICTORS:
+        row[name] = None
+        if name in losses:
+            nats = losses[name][chosen]
+            mean = nats.mean()
+            off = np.bincount(place, weights=nats) - mean * weights  # ratio estimator: cells are the sample
+            error = np.sqrt((off**2).sum()) / weights.sum()
+            row[name] = (float(mean), float(error))
+    return row
