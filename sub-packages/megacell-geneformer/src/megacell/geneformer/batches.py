@@ -82,11 +82,9 @@ class Packer:
     def __init__(self, encoder: RankEncoder, masking: MaskSettings, multiple_of: int = 1) -> None:
         vocabulary = encoder.vocabulary
         self.encoder, self.multiple_of = encoder, multiple_of
-        self._thresholds = masking.thresholds()
-        self._mask_token = vocabulary.specials["mask"]
-        self._gene_tokens = vocabulary.gene_tokens
-        self._is_gene = np.zeros(vocabulary.size, bool)
-        self._is_gene[self._gene_tokens] = True
+        is_gene = np.zeros(vocabulary.size, bool)
+        is_gene[vocabulary.gene_tokens] = True
+        self._rules = masking.thresholds(), vocabulary.gene_tokens, is_gene, vocabulary.specials["mask"]
 
     def pack(
         self, rows: tuple[np.ndarray, np.ndarray, np.ndarray], cells: np.ndarray, keys: np.ndarray | None = None
@@ -107,12 +105,12 @@ class Packer:
         n_tokens, longest = int(cu_lengths[-1]), int(np.diff(cu_lengths).max(initial=0))
         positions = np.empty_like(tokens)
         _number_positions(cu_lengths, positions)
-        masked, labels = np.empty(n_tokens, np.int64), np.empty(n_tokens, np.int64)
+        masked, labels = np.empty(n_tokens + 4, np.int64), np.empty(n_tokens + 4, np.int64)
         chosen = 0
         if keys is not None:
-            words, room = np.empty(longest + 4, np.uint32), np.empty(longest + 4, np.int64)
-            lists = (self._thresholds, self._gene_tokens, self._is_gene, self._mask_token)
-            chosen = mask_cells(tokens, cu_lengths, cells, keys, *lists, words, room, masked, labels)
+            words, kinds, drawn = (np.empty(longest + 4, dtype) for dtype in (np.uint32, np.uint32, np.int64))
+            who, room = (cells, keys), (words, kinds, drawn)
+            chosen = mask_cells((tokens, cu_lengths), who, self._rules, room, masked, labels)
         ends = cu_lengths if n_tokens == len(tokens) else np.append(cu_lengths, len(tokens))
         return MicroBatch(
             tokens=tokens,

@@ -28,6 +28,8 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # Philox's multipliers 
 _W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _HALF = np.uint64(32)
 
+Rules = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+
 
 @dataclass(frozen=True)
 class MaskSettings:
@@ -106,31 +108,43 @@ def stream_key(seed: int, epoch: int, stream: int) -> np.ndarray:
 
 
 @compiled
-def _chosen_positions(n: Any, cell: Any, key: np.ndarray, rate: Any, words: np.ndarray, positions: np.ndarray) -> int:
-    """Write the positions under ``n`` that are chosen, and return how many; ``words``: uint32 room for n + 3."""
-    low, high = np.uint32(cell), np.uint32(cell >> np.uint64(32))
-    for block in range((n + 3) // 4):
+def _choose(
+    row: np.ndarray, cell: Any, key: np.ndarray, rate: Any, is_gene: np.ndarray, words: np.ndarray, chosen: np.ndarray
+) -> int:
+    """Write the positions of a cell that are chosen, and return how many; ``words`` and ``chosen`` hold it + 4."""
+    low, high = np.uint32(cell), np.uint32(cell >> _HALF)
+    for block in range((len(row) + 3) // 4):
         a, b, c, d = philox(low, high, np.uint32(block), np.uint32(0), key[0], key[1])
         words[4 * block], words[4 * block + 1], words[4 * block + 2], words[4 * block + 3] = a, b, c, d
     found = 0
-    for position in range(n):  # without a branch: one in seven is chosen, which no processor can predict
-        positions[found] = position
+    for position in range(len(row)):  # without a branch: one in seven is chosen, which no processor can predict
+        chosen[found] = position
         found += np.uint64(words[position]) < rate
-    return found
+    kept = 0
+    for j in range(found):
+        chosen[kept] = chosen[j]
+        kept += is_gene[row[chosen[j]]]
+    return kept
+
+
+@compiled
+def _draw_fates(
+    cell: Any, key: np.ndarray, n_genes: int, chosen: np.ndarray, kinds: np.ndarray, drawn: np.ndarray
+) -> None:
+    """Write, for each chosen position, the word that decides and the number of a random gene."""
+    low, high, genes = np.uint32(cell), np.uint32(cell >> _HALF), np.uint64(n_genes)
+    for j in range(len(chosen)):
+        kind, w1, w0, _ = philox(low, high, np.uint32(chosen[j]), np.uint32(1), key[0], key[1])
+        kinds[j] = kind
+        drawn[j] = (np.uint64(w1) * genes + ((np.uint64(w0) * genes) >> _HALF)) >> _HALF
 
 
 @compiled
 def mask_cells(
-    tokens: np.ndarray,
-    cu_lengths: np.ndarray,
-    cells: np.ndarray,
-    keys: np.ndarray,
-    thresholds: np.ndarray,
-    gene_tokens: np.ndarray,
-    is_gene: np.ndarray,
-    mask_token: int,
-    words: np.ndarray,
-    chosen: np.ndarray,
+    packed: tuple[np.ndarray, np.ndarray],
+    cells: tuple[np.ndarray, np.ndarray],
+    rules: Rules,
+    room: tuple[np.ndarray, np.ndarray, np.ndarray],
     masked: np.ndarray,
     labels: np.ndarray,
 ) -> int:
@@ -138,25 +152,16 @@ def mask_cells(
 
     Parameters
     ----------
-    tokens : int64 [T]
-        Packed cells; changed.
-    cu_lengths : int64 [n + 1]
-        Where they begin and end.
-    cells : int64 [n]
-        Global cell numbers.
-    keys : uint32 [n, 2]
-        `stream_key` of each cell's epoch.
-    thresholds : uint64 [3]
-        Of `MaskSettings.thresholds`.
-    gene_tokens : int32 [G]
-        What a random token is drawn from.
-    is_gene : bool [V]
-        Which tokens may be chosen.
-    mask_token : int
-        The vocabulary's.
-    words, chosen : uint32 and int64, with room for the longest cell + 4
-        Working room.
-    masked, labels : int64 [T]
+    packed : (tokens, cu_lengths)
+        int64 [T], changed; and int64 [n + 1], where cells begin and end.
+    cells : (numbers, keys)
+        int64 [n], the cells' global numbers; and uint32 [n, 2], `stream_key` of each one's epoch.
+    rules : (thresholds, gene_tokens, is_gene, mask_token)
+        uint64 [3], of `MaskSettings.thresholds`; int32 [G], what a random token is drawn from; bool [V], which tokens
+        may be chosen; int.
+    room : (words, kinds, drawn)
+        uint32, uint32 and int64, each for the longest cell + 4.
+    masked, labels : int64 [T + 4]
         Receive the places in ``tokens`` that were chosen, ascending, and the tokens that stood there.
 
     Returns
@@ -165,26 +170,21 @@ def mask_cells(
         How many were chosen.
 
     """
+    (tokens, cu_lengths), (numbers, keys) = packed, cells
+    thresholds, gene_tokens, is_gene, mask_token = rules
+    words, kinds, drawn = room
     total = 0
-    genes = np.uint64(len(gene_tokens))
-    for i in range(len(cells)):
-        row = tokens[cu_lengths[i] : cu_lengths[i + 1]]
-        cell = np.uint64(cells[i])
-        low, high = np.uint32(cell), np.uint32(cell >> _HALF)
-        key = keys[i]
-        found = _chosen_positions(len(row), cell, key, thresholds[0], words, chosen)
-        for j in range(found):
-            position = chosen[j]
-            token = row[position]
-            if not is_gene[token]:
-                continue
-            masked[total] = cu_lengths[i] + position
-            labels[total] = token
-            total += 1
-            kind, w1, w0, _ = philox(low, high, np.uint32(position), np.uint32(1), key[0], key[1])
-            if np.uint64(kind) < thresholds[1]:
-                row[position] = mask_token
-            elif np.uint64(kind) < thresholds[2]:
-                number = (np.uint64(w1) * genes + ((np.uint64(w0) * genes) >> _HALF)) >> _HALF
-                row[position] = gene_tokens[number]
+    for i in range(len(numbers)):
+        row, cell, key = tokens[cu_lengths[i] : cu_lengths[i + 1]], np.uint64(numbers[i]), keys[i]
+        n = _choose(row, cell, key, thresholds[0], is_gene, words, masked[total:])
+        chosen, label = masked[total : total + n], labels[total : total + n]
+        _draw_fates(cell, key, len(gene_tokens), chosen, kinds, drawn)
+        for j in range(n):
+            label[j] = row[chosen[j]]
+            kind = np.uint64(kinds[j])
+            other = gene_tokens[drawn[j]] if kind < thresholds[2] else label[j]
+            row[chosen[j]] = mask_token if kind < thresholds[1] else other
+        for j in range(n):
+            chosen[j] += cu_lengths[i]
+        total += n
     return total
