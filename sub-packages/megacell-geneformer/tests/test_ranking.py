@@ -68,7 +68,9 @@ def test_float32_would_reorder_real_cells(real_cells, published):
 GENES = 30
 COUNTS = st.sampled_from([0, 0, 0, 1, 1, 1, 2, 3, 4, 6, 254, 255, 256, 70_000, 2**24, 2**31])
 FRACTIONS = COUNTS.map(lambda n: n + 0.125)  # eighths: their sum is exact in any order
-MEDIANS = st.sampled_from([0.5, 1.0, 1.0, 2.0, 3.0, 1 / 3, 0.1, 0.2, 0.3, 0.6, 7e-7, 634.3])
+ULP = 2.0**-52
+NEAR_ONE = [1.0, 1.0, 1 + ULP, 1 + 2 * ULP, 1 - ULP / 2, 2.0, 2 + 2 * ULP, 3.0, 3 - 2 * ULP]  # values a last bit apart
+MEDIANS = st.sampled_from([*NEAR_ONE, 0.5, 1 / 3, 0.1, 0.2, 0.3, 0.6, 7e-7, 634.3])
 
 
 @given(
