@@ -21,7 +21,7 @@ from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError
 
-CELLS_AT_ONCE = 4096
+CELLS_AT_ONCE = 256
 MOST_VALUES = 1 << 25  # collected at once: 256 MiB
 BINS = 256
 FIRST_GENE_TOKEN = 4
