@@ -27,7 +27,7 @@ def kill(folder: Path, every: int) -> dict:
     return json.loads(answer.stdout)
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some steps", "each step"])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some steps", "each step"])
 def test_killed_at_any_step_there_is_the_old_store_or_the_new_one(every, made, save, tmp_path):
     save(made.counts(30, 200, seed=1), "old.h5ad")
     save(made.counts(40, 250, seed=2), "new.h5ad")

@@ -66,6 +66,19 @@ def test_schemas_are_united(store_of, together):
     assert obs["source"].tolist() == ["f0"] * 60 + ["f1"] * 60
 
 
+@pytest.mark.parametrize("other", [["x", "y"], [1, 2], [0.5], [True, False]], ids=["text", "whole", "real", "truth"])
+def test_a_column_without_values_takes_any_kind(store_of, other):
+    empty = frame(a=[np.nan])
+    full = frame(a=other)
+    found = store_of(empty, full).obs["a"]
+    assert found[:60].isna().all()
+    assert found[60:].tolist() == full["a"].tolist()
+
+
+def test_a_column_without_values_anywhere_stays_missing(store_of):
+    assert store_of(frame(a=[np.nan]), frame(a=[np.nan])).obs["a"].isna().all()
+
+
 def test_a_column_of_ours_in_the_file_is_kept_under_another_name(store_of):
     store = store_of(frame(source=["lab"]))
     assert store.obs["source"].unique().tolist() == ["f0"]

@@ -200,6 +200,10 @@ def _make(
             (wrong,) = (i for i, found in enumerate(inspections) if str(error).startswith(f"{found.path}: "))
             inspections[wrong] = as_fractional(inspections[wrong])
             say(f"{inspections[wrong].path}: fractions among whole counts, starting again with counts as fractional")
+        except OSError as error:
+            sweep(store, before)
+            where = error.filename or store
+            raise DataError(f"{where}: {error.strerror or error}; see to room and rights, then run it again") from error
         except BaseException:
             sweep(store, before)
             raise
@@ -244,7 +248,7 @@ def make_shard(task: Task, advance: Callable[[int], None] = lambda _cells: None)
     tables = []
     try:
         for part, path, kind, numbers in task.parts:
-            with task.options.open(path) as source:
+            with task.options.open(path, task.store) as source:
                 source.kind = kind  # as it was settled for the whole file
                 obs = source.obs()
                 keep = kept_cells(obs, task.options)

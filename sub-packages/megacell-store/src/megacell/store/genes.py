@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Genes: which of a file's features are genes, their ids found by content, and the store's union table."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -18,11 +18,11 @@ from megacell.store.errors import DataError, UsageError
 
 Texts = Sequence[str] | np.ndarray[Any, Any]
 FEWEST = 10_000  # genes a source must have measured; fewer is a selection, which shifts medians
-_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\..*)?")
-_VERSION = re.compile(r"^(ENS[A-Z]*\d{11})\..*$")
-_SPIKE_IN = re.compile(r"ERCC-\d{5}")
-_ANTIBODY = re.compile(r".*_TotalSeq-?[A-D]?$|(ADT|HTO)[-_].*")  # 10x's and cite-seq's names, where no type is given
-_MADE_UNIQUE = re.compile(r"(.+)-\d+")
+_ENSEMBL = r"^ENS[A-Z]*G\d{11}(\..*)?$"
+_VERSION = r"^(ENS[A-Z]*\d{11})\..*$"
+_SPIKE_IN = r"^ERCC-\d{5}$"
+_ANTIBODY = r"_TotalSeq-?[A-D]?$|^(ADT|HTO)[-_]"  # names in use where no type is given
+_MADE_UNIQUE = r"-\d+$"
 _GENE_TYPES = {"gene expression", "rna", "gex", "gene"}
 _SYMBOL_COLUMNS = (
     "feature_name",
@@ -90,16 +90,16 @@ def read_features(var: pd.DataFrame, where: str, gene_ids: str = "auto", other: 
     is_gene = _genes_only(var, texts["index"], where, other, notes)
     column = _most_ensembl(texts, is_gene) if gene_ids == "auto" else gene_ids
     symbols = _symbols(texts, column)
-    named = np.array([_ENSEMBL.fullmatch(i) is not None for i in texts[column]])
+    named = _match(texts[column], _ENSEMBL)
     is_ensembl = bool(named[is_gene].mean() >= 0.5)
     ids = texts[column].copy() if is_ensembl or gene_ids != "auto" else symbols.copy()
     if is_ensembl:
-        ids = np.array([_VERSION.sub(r"\1", i) for i in ids], dtype=object)
+        ids = np.asarray(pc.replace_substring_regex(pa.array(ids, pa.string()), _VERSION, r"\1"), object)
         nameless = is_gene & ~named
         ids[nameless] = np.where(symbols[nameless] != "", symbols[nameless], ids[nameless])
         if nameless.any():
             notes.append(f"{nameless.sum():,} genes without an Ensembl id go by their symbol")
-    elif np.mean([i.isdecimal() or not i for i in ids[is_gene]]) > 0.5:
+    elif _match(ids[is_gene], r"^\d*$").mean() > 0.5:
         raise DataError(
             f"{where}: genes are numbered, not named; name the column that holds their ids: --gene-ids COLUMN"
         )
@@ -130,8 +130,8 @@ def _distinct(
         named = symbols[first][symbols[first] != ""]
         ambiguous = int((pd.Series(named).value_counts() > 1).sum())
     else:  # what anndata's var_names_make_unique left: GENE and GENE-1 are two genes with one symbol
-        every = set(distinct)
-        ambiguous = sum(m is not None and m[1] in every for m in (_MADE_UNIQUE.fullmatch(i) for i in distinct))
+        bases = pc.replace_substring_regex(pa.array(distinct, pa.string()), _MADE_UNIQUE, "")
+        ambiguous = int((_match(distinct, _MADE_UNIQUE) & pd.Index(np.asarray(bases, object)).isin(distinct)).sum())
     if ambiguous:
         notes.append(f"{ambiguous:,} ambiguous symbols")
     return Features(np.asarray(distinct, object), symbols[first], biotypes[first], gene_of, kind, notes)
@@ -146,10 +146,11 @@ def _genes_only(
     if "feature_types" in var:
         types = _clean(var["feature_types"])
     elif other is not None and "feature_types" in other:
-        known = dict(zip(_clean(other.index), _clean(other["feature_types"]), strict=True))
-        types = np.array([known.get(name, "Gene Expression") for name in names], object)
+        stated = pd.Series(_clean(other["feature_types"]), _clean(other.index))
+        stated = stated[~stated.index.duplicated()]
+        types = np.asarray(stated.reindex(names).fillna("Gene Expression"), object)
     if types is not None:
-        is_gene = np.array([t.lower() in _GENE_TYPES for t in types])
+        is_gene = np.asarray(pd.Series(types).str.lower().isin(_GENE_TYPES))
         if not is_gene.any():
             kinds = ", ".join(sorted(set(types))[:5])
             raise DataError(
@@ -157,10 +158,10 @@ def _genes_only(
             )
         for kind, n in pd.Series(types[~is_gene]).value_counts().items():
             notes.append(f"{n:,} {kind} features dropped")
-    spike_in = np.array([_SPIKE_IN.fullmatch(name) is not None for name in names])
+    spike_in = _match(names, _SPIKE_IN)
     if "feature_biotype" in var:
         spike_in |= _clean(var["feature_biotype"]) == "spike-in"
-    antibody = np.array([_ANTIBODY.fullmatch(name) is not None for name in names])
+    antibody = _match(names, _ANTIBODY)
     for kind, found in (("spike-in", spike_in), ("antibody", antibody)):
         if n := int((is_gene & found).sum()):
             notes.append(f"{n:,} {kind} features dropped (by name)")
@@ -172,24 +173,30 @@ def _genes_only(
 
 def _most_ensembl(texts: Mapping[str, np.ndarray[Any, Any]], is_gene: np.ndarray[Any, Any]) -> str:
     """Return the column with most Ensembl gene ids, the index where none has any."""
-    share = {c: np.mean([_ENSEMBL.fullmatch(i) is not None for i in ids[is_gene]]) for c, ids in texts.items()}
+    share = {c: _match(ids[is_gene], _ENSEMBL).mean() for c, ids in texts.items()}
     return max(share, key=lambda c: share[c])  # the first of equals: the index stands first
 
 
 def _symbols(texts: Mapping[str, np.ndarray[Any, Any]], id_column: str) -> np.ndarray[Any, Any]:
     """Return the symbols: a column known by its name, else the index unless that holds the ids."""
-    if id_column != "index" and np.mean([i.isdecimal() for i in texts["index"]]) < 0.5:
+    if id_column != "index" and _match(texts["index"], r"^\d+$").mean() < 0.5:
         return texts["index"]
     named = next((texts[c] for c in _SYMBOL_COLUMNS if c in texts and c != id_column), None)
     if named is not None:
         return named
-    has_ids = np.mean([_ENSEMBL.fullmatch(i) is not None for i in texts["index"]]) >= 0.5
+    has_ids = _match(texts["index"], _ENSEMBL).mean() >= 0.5
     return np.full(len(texts["index"]), "", object) if has_ids else texts["index"]
 
 
 def _is_text(column: pd.Series) -> bool:
     values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
     return bool(pd.api.types.is_object_dtype(values.dtype) or pd.api.types.is_string_dtype(values.dtype))
+
+
+def _match(texts: np.ndarray[Any, Any], pattern: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return which texts hold a match of a regular expression: bool [n]."""
+    found = pc.match_substring_regex(pa.array(texts, pa.string()), pattern)
+    return np.asarray(found.to_numpy(zero_copy_only=False), bool)
 
 
 def _clean(values: Any) -> np.ndarray[Any, Any]:
@@ -203,14 +210,14 @@ class GeneTable:
 
     Attributes
     ----------
-    gene_ids, symbols, biotypes : list of str
-
+    gene_ids, symbols, biotypes : object str [genes]
+        "" where a symbol or biotype is unknown.
     """
 
-    def __init__(self, gene_ids: Sequence[str] = (), symbols: Sequence[str] = (), biotypes: Sequence[str] = ()) -> None:
-        self.gene_ids, self.symbols, self.biotypes = list(gene_ids), list(symbols), list(biotypes)
-        self._number = {gene: i for i, gene in enumerate(self.gene_ids)}
-        if len(self._number) != len(self.gene_ids):
+    def __init__(self, gene_ids: Texts = (), symbols: Texts = (), biotypes: Texts = ()) -> None:
+        self.gene_ids, self.symbols, self.biotypes = (np.array(t, object) for t in (gene_ids, symbols, biotypes))
+        self._numbers = pd.Index(self.gene_ids, dtype=object)
+        if not self._numbers.is_unique:
             raise DataError("a gene id stands twice in the gene table; run `megacell verify`")
 
     def __len__(self) -> int:
@@ -218,29 +225,28 @@ class GeneTable:
 
     def add(self, gene_ids: Texts, symbols: Texts, biotypes: Texts) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Return the genes' numbers; new ones are added at the end, unknown symbols are filled in."""
-        numbers = np.empty(len(gene_ids), np.int32)
-        for i, (gene, symbol, biotype) in enumerate(zip(gene_ids, symbols, biotypes, strict=True)):
-            number = self._number.setdefault(gene, len(self.gene_ids))
-            if number == len(self.gene_ids):
-                self.gene_ids.append(gene)
-                self.symbols.append(symbol)
-                self.biotypes.append(biotype)
-            else:
-                self.symbols[number] = self.symbols[number] or symbol
-                self.biotypes[number] = self.biotypes[number] or biotype
-            numbers[i] = number
-        return numbers
+        ids, symbols, biotypes = (np.asarray(t, object) for t in (gene_ids, symbols, biotypes))
+        new = np.flatnonzero((self._numbers.get_indexer(ids) < 0) & ~pd.Index(ids).duplicated())
+        self.gene_ids = np.concatenate([self.gene_ids, ids[new]])
+        self.symbols = np.concatenate([self.symbols, symbols[new]])
+        self.biotypes = np.concatenate([self.biotypes, biotypes[new]])
+        self._numbers = pd.Index(self.gene_ids, dtype=object)
+        numbers = self._numbers.get_indexer(ids)
+        for own, known in ((symbols, self.symbols), (biotypes, self.biotypes)):
+            fill = known[numbers] == ""
+            known[numbers[fill]] = own[fill]
+        return np.asarray(numbers, np.int32)
 
     def hashes(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
         """Return XXH3-64 of each id: uint64 [genes]."""
-        return np.array([xxhash.xxh3_64_intdigest(gene.encode()) for gene in self.gene_ids], np.uint64)
+        return np.fromiter(map(xxhash.xxh3_64_intdigest, map(str.encode, self.gene_ids)), np.uint64, len(self))
 
     @classmethod
     def read(cls, path: Path) -> "GeneTable":
         """Read a genes-<generation>.parquet."""
         try:
-            table = pq.read_table(path).to_pydict()
-            return cls(table["gene_id"], table["symbol"], table["biotype"])
+            table = pq.read_table(path)
+            return cls(*(table[name].to_numpy() for name in ("gene_id", "symbol", "biotype")))
         except (OSError, KeyError, pa.ArrowInvalid) as error:
             raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
 
@@ -254,11 +260,11 @@ class GeneTable:
         move_into_place(temporary, path)
 
 
-def symbol_map(pairs: Sequence[tuple[Texts, Texts]]) -> dict[str, str]:
-    """Return symbol → id from (ids, symbols) of several tables, for the symbols with one id in all of them."""
-    found: dict[str, str | None] = {}
-    for ids, symbols in pairs:
-        for gene, symbol in zip(ids, symbols, strict=True):
-            if symbol and _ENSEMBL.fullmatch(gene) and found.setdefault(symbol, gene) != gene:
-                found[symbol] = None
-    return {symbol: gene for symbol, gene in found.items() if gene is not None}
+def symbol_map(pairs: Sequence[tuple[Texts, Texts]]) -> "pd.Series[str]":
+    """Return id by symbol from (ids, symbols) of several tables, for the symbols with one id in all of them."""
+    ids = np.concatenate([np.asarray(own, object) for own, _ in pairs])
+    symbols = np.concatenate([np.asarray(own, object) for _, own in pairs])
+    known = pd.DataFrame({"id": ids, "symbol": symbols}, dtype=object)[(symbols != "") & _match(ids, _ENSEMBL)]
+    known = known.drop_duplicates()
+    known = known[~known["symbol"].duplicated(keep=False)]
+    return pd.Series(known["id"].to_numpy(object), known["symbol"].to_numpy(object), dtype=object)

@@ -38,43 +38,49 @@ def writing(store: Path) -> Iterator[None]:
 
 
 def _create(path: Path, content: bytes) -> None:
-    """Create the lock with its content in one step: written beside, then linked, which fails where the name exists."""
+    """Create a file with its content in one step, written beside and then linked; FileExistsError if it is there."""
     temporary = path.with_name(f"{NAME}-{secrets.token_hex(8)}")
     temporary.write_bytes(content)
     try:
         os.link(temporary, path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def _take_over(lock: Path, mine: bytes) -> None:
     """Replace the lock of a dead process.
 
-    Whoever creates the file named after the dead lock's token may replace it, so of several that find
-    the same dead lock one wins.
+    Only who holds the claim, a file named after the dead lock's token, may replace it, so of several that find
+    the same dead lock one wins. A claim is itself a lock, and that of a dead process is taken over likewise.
     """
     held = f"{lock.parent}: another conversion is writing here ({lock}); wait for it, or delete the lock if none runs"
-    try:
-        theirs = json.loads(lock.read_bytes())
-        token, dead = str(theirs["token"]), _is_dead(theirs)
-    except FileNotFoundError:
-        raise DataError(held) from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{lock}: not a lock of ours; delete it if no conversion is running") from None
-    if not dead:
+    token = _dead_token(lock)
+    if token is None:
         raise DataError(held)
-    claim = lock.with_name(f"{NAME}-{token}.claimed")
+    claim = lock.with_name(f"{NAME}-{token}.claim")
     try:
         _create(claim, mine)
     except FileExistsError:
-        if not _is_dead(json.loads(claim.read_bytes())):
-            raise DataError(held) from None
+        _take_over(claim, mine)
+    try:
+        if _dead_token(lock) != token:  # another one took it over, and let its claim go, since we looked
+            raise DataError(held)
+        temporary = lock.with_name(f"{NAME}-{secrets.token_hex(8)}")
+        temporary.write_bytes(mine)
+        os.replace(temporary, lock)
+    finally:
         claim.unlink()
-        raise DataError(f"{lock.parent}: a conversion died while it started; run the command again") from None
-    temporary = lock.with_name(f"{NAME}-{secrets.token_hex(8)}")
-    temporary.write_bytes(mine)
-    os.replace(temporary, lock)
-    claim.unlink()
+
+
+def _dead_token(lock: Path) -> str | None:
+    """Return the token of a lock whose process surely ended; None if it may live, or let go meanwhile."""
+    try:
+        theirs = json.loads(lock.read_bytes())
+        return str(theirs["token"]) if _is_dead(theirs) else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{lock}: not a lock of ours; delete it if no conversion is running") from None
 
 
 def _self() -> dict[str, object]:

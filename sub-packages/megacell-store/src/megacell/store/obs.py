@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from megacell.store.manifest import ObsColumn
 
 INDEX = "_index"  # the column of the cells' own names
 SOURCE = "source"  # added on reading; a file's own column of that name is kept as OWN_SOURCE
+EMPTY = "empty"  # of a column with nothing but missing values: agrees with every kind
 OWN_SOURCE = "source_in_file"
 MOST_CATEGORIES = 1 << 16  # a column with more distinct values is kept as plain text, not in the manifest
 _ARROW = {
@@ -33,7 +35,7 @@ def tidy(obs: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(obs: pd.DataFrame) -> list[ObsColumn]:
-    """Return the schema of one tidy frame."""
+    """Return the schema of one tidy frame; a column without any value is of the kind EMPTY, which `unite` settles."""
     return [_describe(str(name), obs[name]) for name in obs.columns]
 
 
@@ -44,6 +46,8 @@ def _describe(name: str, column: pd.Series) -> ObsColumn:
         if len(categories) <= MOST_CATEGORIES:
             return ObsColumn(name, "category", categories, bool(dtype.ordered))
         return ObsColumn(name, "string")
+    if len(column) and column.isna().all():
+        return ObsColumn(name, EMPTY)
     if pd.api.types.is_bool_dtype(dtype):
         return ObsColumn(name, "boolean")
     if pd.api.types.is_integer_dtype(dtype):
@@ -63,7 +67,7 @@ def unite(schemas: Sequence[Sequence[ObsColumn]]) -> list[ObsColumn]:
     for column in (column for schema in schemas for column in schema):
         known = united.get(column.name)
         united[column.name] = column if known is None else _unite(known, column)
-    return list(united.values())
+    return [ObsColumn(c.name, "number") if c.kind == EMPTY else c for c in united.values()]
 
 
 def _unite(a: ObsColumn, b: ObsColumn) -> ObsColumn:
@@ -73,6 +77,8 @@ def _unite(a: ObsColumn, b: ObsColumn) -> ObsColumn:
         if len(categories) <= MOST_CATEGORIES:
             return ObsColumn(a.name, "category", categories, a.ordered and b.ordered and a.categories == b.categories)
         return ObsColumn(a.name, "string")
+    if EMPTY in kinds:
+        return b if a.kind == EMPTY else a
     if len(kinds) == 1:
         return a
     return ObsColumn(a.name, "number" if kinds == {"integer", "number"} else "string")
@@ -91,8 +97,12 @@ def to_table(obs: pd.DataFrame, schema: Sequence[ObsColumn]) -> pa.Table:
 
 def _to_arrow(values: pd.Series, column: ObsColumn) -> pa.Array:
     if column.kind == "category":
-        text = pd.Categorical(_texts(values), categories=list(column.categories or ()))
-        indices = pa.array(text.codes, pa.int32(), mask=text.codes < 0)
+        numbers = pd.Index(column.categories or (), dtype=object)
+        own = pd.Categorical(values)
+        texts = pd.Index(list(map(str, own.categories)), dtype=object)
+        number_of = np.append(numbers.get_indexer(texts), -1)  # code -1, of what is missing, is the last
+        codes = number_of[own.codes].astype(np.int32)
+        indices = pa.array(codes, pa.int32(), mask=codes < 0)
         return pa.DictionaryArray.from_arrays(indices, pa.array(column.categories, pa.string()))
     if column.kind == "string":
         return pa.array(_texts(values), pa.string())
@@ -105,11 +115,14 @@ def _to_arrow(values: pd.Series, column: ObsColumn) -> pa.Array:
 
 def _texts(values: pd.Series) -> np.ndarray[Any, Any]:
     """Return text, None where missing."""
-    objects = values.astype(object)
-    present = objects.notna()
-    texts = np.full(len(values), None, object)
-    texts[present] = [v.decode() if isinstance(v, bytes) else str(v) for v in objects[present]]
-    return texts
+    own = pd.Categorical(values.astype(object).map(_text, na_action="ignore"))
+    texts = np.full(len(own.categories) + 1, None, object)  # code -1, of what is missing, is the last
+    texts[:-1] = own.categories
+    return np.asarray(texts[own.codes])
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def from_table(table: pa.Table, column: ObsColumn) -> pd.Series:
@@ -130,14 +143,18 @@ def from_table(table: pa.Table, column: ObsColumn) -> pd.Series:
 
 
 def _numbers_as_text(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Write numbers as `to_table` would have written them."""
-    return pa.chunked_array([pa.array([None if v is None else str(v) for v in values.to_pylist()], pa.string())])
+    """Write numbers as `to_table` would have written them; each distinct one once."""
+    codes = values.combine_chunks().dictionary_encode()
+    text = pa.array([str(value) for value in codes.dictionary.to_pylist()], pa.string())
+    return pa.chunked_array([pa.DictionaryArray.from_arrays(codes.indices, text).cast(pa.string())])
 
 
 def _to_pandas(values: pa.ChunkedArray, column: ObsColumn) -> pd.Series:
     if column.kind == "category":
-        objects = np.asarray(values.to_pandas(), object)
-        return pd.Series(pd.Categorical(objects, list(column.categories or ()), ordered=column.ordered))
+        categories = list(column.categories or ())
+        codes = pc.index_in(values, pa.array(categories, pa.string())).fill_null(-1).to_numpy()
+        dtype = pd.CategoricalDtype(pd.Index(categories, dtype=object), column.ordered)
+        return pd.Series(pd.Categorical.from_codes(codes.astype(np.int64), dtype=dtype))
     if column.kind in _PANDAS:
         plain, nullable = _PANDAS[column.kind]
         if values.null_count == 0:

@@ -2,6 +2,7 @@
 """What a conversion will do: each file looked at and judged, genes and metadata united, the work cut into shards."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -36,9 +37,10 @@ class Options:
     allow_length_normalised: bool = False
     all_cells: bool = False
 
-    def open(self, path: Path) -> H5adSource:
+    def open(self, path: Path, scratch: Path | None = None) -> H5adSource:
         """Open one file."""
-        return open_h5ad(path, self.counts, self.gene_ids, allow_length_normalised=self.allow_length_normalised)
+        allow = self.allow_length_normalised
+        return open_h5ad(path, self.counts, self.gene_ids, allow_length_normalised=allow, scratch=scratch)
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,14 @@ def find_files(sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 
 def name_sources(paths: Sequence[Path], taken: Iterable[str] = ()) -> list[str]:
     """Name sources by their files; by as many folders above as make equal names differ."""
+    parts = [path.resolve().with_suffix("").parts for path in paths]
+    deepest = max(map(len, parts))
+    times = [Counter(own[-depth:] for own in parts) for depth in range(deepest + 1)]
     names: list[str] = []
     used = set(taken)
-    parts = [path.resolve().with_suffix("").parts for path in paths]
     for own in parts:
         depth = 1
-        while depth < len(own) - 1 and (
-            sum(other[-depth:] == own[-depth:] for other in parts) > 1 or "/".join(own[-depth:]) in used
-        ):
+        while depth < len(own) - 1 and (times[depth][own[-depth:]] > 1 or "/".join(own[-depth:]) in used):
             depth += 1
         base = name = "/".join(own[-depth:])
         number = 2
@@ -197,8 +199,8 @@ def kept_cells(obs: pd.DataFrame, options: Options) -> np.ndarray[Any, Any]:
     """Return bool [rows]: all but those that the file says are copies of another data set's cells."""
     if options.all_cells or "is_primary_data" not in obs:
         return np.ones(len(obs), bool)
-    primary = obs["is_primary_data"].astype(object)
-    return np.array([str(value).strip().lower() not in ("false", "0", "0.0") for value in primary])
+    primary = obs["is_primary_data"].astype(object).astype(str).str.strip().str.lower()
+    return np.asarray(~primary.isin(["false", "0", "0.0"]))
 
 
 def refuse(inspections: Sequence[Inspection]) -> None:
@@ -240,11 +242,11 @@ def make_plan(
     for found in inspections:
         ids = found.gene_ids
         if found.ids == "symbol":
-            ids = np.array([known.get(symbol, symbol) for symbol in ids], object)
-            mapped = int((ids != found.gene_ids).sum())
-            found.notes.append(
-                f"symbols only: {mapped:,} have an id by the other sources, {len(ids) - mapped:,} keep their symbol"
-            )
+            mapped = known.reindex(ids)
+            n = int(mapped.notna().sum())
+            ids = np.where(mapped.notna(), mapped.to_numpy(object), ids)
+            rest = f"{len(ids) - n:,} keep their symbol"
+            found.notes.append(f"symbols only: {n:,} have an id by the other sources, {rest}")
         own = genes.add(ids, found.symbols, found.biotypes)
         numbers.append(own)
         sources.append(_record(found, own, panels))

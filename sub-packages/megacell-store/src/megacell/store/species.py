@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which species a file's cells are of: from ids, from what the file says, from how symbols are written."""
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from megacell.store.errors import DataError
 
 Texts = Sequence[str] | np.ndarray[Any, Any]
 DEFAULT = "human"
-_PREFIX = re.compile(r"^ENS([A-Z]*)G\d{11}")
+_PREFIX = r"^ENS([A-Z]*)G\d{11}"
 _OF_PREFIX = {"": "human", "MUS": "mouse", "RNO": "rat", "DAR": "zebrafish", "MMU": "macaque", "SSC": "pig"}
 _OF_NAME = {
     "homo sapiens": "human",
@@ -28,7 +27,7 @@ _OF_NAME = {
     "macaca mulatta": "macaque",
     "ncbitaxon:9544": "macaque",
 }
-_GENOME = re.compile(r"^(GRCh3\d|hg19|hg38|GRCm3\d|mm9|mm10|mm39)_+")  # Cell Ranger's prefix where genomes are mixed
+_GENOME = r"^(GRCh3\d|hg19|hg38|GRCm3\d|mm9|mm10|mm39)_+"  # Cell Ranger's prefix where genomes are mixed
 _COLUMNS = ("organism", "organism_ontology_term_id", "organism_name", "species")
 _LEAST = 0.01  # share of ids from which a second species is more than a stray feature
 
@@ -76,9 +75,10 @@ def settle_species(
 
 
 def _species_of_ids(gene_ids: Texts) -> set[str]:
-    genomes = {m[1] for m in map(_GENOME.match, gene_ids) if m}
-    prefixes = pd.Series([m[1] for m in map(_PREFIX.match, gene_ids) if m], dtype=object).value_counts()
-    least = _LEAST * max(1, len(gene_ids))
+    names = pd.Series(gene_ids, dtype=object)
+    genomes = set(names.str.extract(_GENOME, expand=False).dropna())
+    prefixes = names.str.extract(_PREFIX, expand=False).dropna().value_counts()
+    least = _LEAST * max(1, len(names))
     from_prefix = {_OF_PREFIX.get(str(p), f"ENS{p}") for p, n in prefixes.items() if n >= least}
     return from_prefix | {"human" if g.startswith(("GRCh", "hg")) else "mouse" for g in genomes}
 
@@ -95,12 +95,10 @@ def stated_species(obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, str]) ->
 
 def _species_of_symbols(symbols: Texts) -> set[str]:
     """Tell TP53 from Trp53; none where neither way of writing is in the majority."""
-    letters = ["".join(c for c in symbol if c.isalpha()) for symbol in symbols]
-    letters = [word for word in letters if len(word) >= 3]
-    if not letters:
+    letters = pd.Series(symbols, dtype=object).str.replace(r"[^A-Za-z]", "", regex=True)
+    letters = letters[letters.str.len() >= 3]
+    if letters.empty:
         return set()
-    upper = sum(word.isupper() for word in letters) / len(letters)
-    title = sum(word[0].isupper() and word[1:].islower() for word in letters) / len(letters)
-    if upper > 0.5:
+    if letters.str.isupper().mean() > 0.5:
         return {"human"}
-    return {"mouse"} if title > 0.5 else set()
+    return {"mouse"} if letters.str.fullmatch("[A-Z][a-z]+").mean() > 0.5 else set()

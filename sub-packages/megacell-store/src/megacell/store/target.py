@@ -70,9 +70,11 @@ def sweep(store: Path, manifest: Manifest | None) -> None:
         if manifest is None:
             folder.rmdir()
     for entry in store.iterdir():
-        if entry.name not in named and (entry.name.startswith(_TABLES) or entry.name.endswith(TEMPORARY)):
-            entry.unlink()
+        if entry.name.endswith(TEMPORARY) and entry.is_dir():  # a transposed matrix
+            shutil.rmtree(entry)
+        elif entry.name not in named and (entry.name.startswith((*_TABLES, LOCK)) or entry.name.endswith(TEMPORARY)):
+            entry.unlink(missing_ok=True)
 
 
 def _is_ours(name: str) -> bool:
-    return name == FOLDER or name.startswith((LOCK, NAME, *_TABLES))
+    return name == FOLDER or name.startswith((LOCK, NAME, *_TABLES)) or name.endswith(TEMPORARY)

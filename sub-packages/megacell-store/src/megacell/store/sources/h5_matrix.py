@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 
 from megacell.store.compiled import compiled
+from megacell.store.durable import TEMPORARY
 from megacell.store.errors import DataError
 
 Array = np.ndarray[Any, Any]
@@ -27,10 +28,11 @@ ROWS, VALUES = 1 << 14, 1 << 21  # a block's rows and values at most (one row is
 
 
 class Matrix(ABC):
-    """Reads one matrix. `place` names it in messages: "FILE: raw/X"."""
+    """Reads one matrix. `place` names it in messages, "FILE: raw"; `scratch` is a folder for temporary files."""
 
     def __init__(self, node: Any, place: str) -> None:
         self.node, self.place = node, place
+        self.scratch: Path | None = None  # the system's own unless set
         self.shape: tuple[int, int] = (0, 0)
 
     @abstractmethod
@@ -178,7 +180,7 @@ class Csc(_Sparse):
             _count(indices, start, lengths)
         indptr = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=indptr[1:])
-        with tempfile.TemporaryDirectory(prefix="megacell-csc-") as folder:
+        with tempfile.TemporaryDirectory(prefix="rows-", suffix=TEMPORARY, dir=self.scratch) as folder:
             dtype = np.float32 if self.data.dtype == np.float32 else np.float64
             columns = _spool(Path(folder) / "columns", np.dtype(np.int32), int(indptr[-1]))
             values = _spool(Path(folder) / "values", np.dtype(dtype), int(indptr[-1]))

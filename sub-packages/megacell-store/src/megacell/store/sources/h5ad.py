@@ -170,6 +170,7 @@ def open_h5ad(
     gene_ids: str = "auto",
     *,
     allow_length_normalised: bool = False,
+    scratch: Path | None = None,
 ) -> H5adSource:
     """Open an .h5ad file and find its counts and genes.
 
@@ -183,6 +184,8 @@ def open_h5ad(
         "auto" (found by content), "index", or a column of var.
     allow_length_normalised : bool
         Take TPM, to which medians of counts do not apply.
+    scratch : Path, optional
+        Folder for the temporary files by which a CSC matrix is read by rows; the system's own unless given.
 
     Raises
     ------
@@ -203,6 +206,7 @@ def open_h5ad(
     try:
         obs, var, uns = _frames(file, path)
         choice = choose_counts(file, path, obs, var, counts, gene_ids)
+        choice.matrix.scratch = scratch
         if choice.kind == LENGTH_NORMALISED and not allow_length_normalised:
             mend = "give counts, or --allow-length-normalised (medians of counts do not apply)"
             raise DataError(f"{choice.matrix.place}: totals of a million look like TPM; {mend}")
