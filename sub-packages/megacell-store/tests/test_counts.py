@@ -33,6 +33,7 @@ def tpm(counts):
         (lambda c: np.log1p(normalised(c)), "log-normalised values"),
         (lambda c: np.log1p(np.sqrt(c) * 0.77), "log"),
         (lambda c: np.round(normalised(c, 4e4))[:, :150] * (np.arange(150) % 3 > 0), "normalised values"),
+        (lambda c: (c > 0) * 1.0, "presence and absence"),
         (tpm, "TPM.*--allow-length-normalised"),
     ],
     ids=[
@@ -45,6 +46,7 @@ def tpm(counts):
         "log CP10k",
         "log of square roots",
         "rounded CP40k of some genes",
+        "binary",
         "TPM",
     ],
 )
@@ -102,7 +104,7 @@ def test_naming_a_matrix_does_not_make_it_counts(counts, made, save, tmp_path):
         convert(path, tmp_path / "store", **ALLOWED)
     with pytest.raises(DataError, match=r"made\.h5ad: X has .*--counts layer:mine"):
         convert(path, tmp_path / "store", counts="X", **ALLOWED)
-    with pytest.raises(UsageError, match=r"no layer:other; --counts can be auto, X, layer:mine or recover"):
+    with pytest.raises(UsageError, match=r"no layer:other; --counts can be auto, layer:mine, X or recover"):
         convert(path, tmp_path / "store", counts="layer:other", **ALLOWED)
     report = convert(path, tmp_path / "store", counts="layer:mine", **ALLOWED)
     assert report.sources[0].matrix == "layer:mine"

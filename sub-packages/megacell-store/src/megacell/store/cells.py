@@ -224,7 +224,7 @@ class CellStore:
     @cached_property
     def obs(self) -> pd.DataFrame:
         """All metadata; the index holds the cells' original names."""
-        return self._obs([column.name for column in self.manifest.obs])
+        return self._obs(self.obs_columns)
 
     def obs_column(self, name: str) -> pd.Series:
         """Return one column, without reading the others."""
@@ -238,7 +238,7 @@ class CellStore:
         columns = {}
         for column in wanted:
             columns[column.name] = pd.concat([from_table(t, column) for t in tables], ignore_index=True)
-        if SOURCE in names or len(names) == len(self.manifest.obs):
+        if SOURCE in names:
             text = [source.name for source in self.manifest.sources]
             names_of = pd.CategoricalDtype(text)
             columns[SOURCE] = pd.Series(pd.Categorical.from_codes(self.source_of.astype(np.int64), dtype=names_of))

@@ -2,6 +2,7 @@
 """The `megacell` command: gathers the sub-commands of every installed sub-package and runs one."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"megacell {args.command}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # a full disk, a missing right: the message names the file
         if debug:
             traceback.print_exc()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from megacell.store.counts import UMI
 from megacell.store.duplicates import Duplicates, find_duplicates
 from megacell.store.errors import DataError, UsageError
 from megacell.store.genes import GeneTable
@@ -40,6 +41,7 @@ from megacell.store.plan import (
 from megacell.store.progress import Progress
 from megacell.store.shard import FOLDER, ShardWriter, map_array
 from megacell.store.sources.h5ad import NotWhole
+from megacell.store.sources.h5ad_counts import Settled
 from megacell.store.target import check_target, open_target, sweep
 
 SHARD_BYTES = 2 << 30
@@ -81,7 +83,7 @@ class Task:
 
     store: Path
     name: str
-    parts: list[tuple[Part, Path, str, np.ndarray[Any, Any]]]  # rows, file, kind of counts, gene numbers
+    parts: list[tuple[Part, Path, Settled, np.ndarray[Any, Any]]]  # rows, file, its counts, gene numbers
     gene_hashes: np.ndarray[Any, Any]
     obs: list[ObsColumn]
     options: Options
@@ -222,7 +224,8 @@ def _tasks(store: Path, plan: Plan, options: Options) -> list[Task]:
         own = []
         for part in parts:
             found = plan.inspections[part.source - first]
-            own.append((part, found.path, found.kind, plan.numbers[part.source - first]))
+            assert found.settled is not None
+            own.append((part, found.path, found.settled, plan.numbers[part.source - first]))
         tasks.append(Task(store, name, own, hashes, plan.obs, options))
     return tasks
 
@@ -243,13 +246,12 @@ def _run(tasks: Sequence[Task], workers: int, bar: Progress) -> list[ShardRecord
 
 def make_shard(task: Task, advance: Callable[[int], None] = lambda _cells: None) -> ShardRecord:
     """Write one shard and return its record."""
-    fractional = any(kind != "umi" for _, _, kind, _ in task.parts)
+    fractional = any(settled.kind != UMI for _, _, settled, _ in task.parts)
     writer = ShardWriter(task.store, task.name, task.gene_hashes, fractional=fractional)
     tables = []
     try:
-        for part, path, kind, numbers in task.parts:
-            with task.options.open(path, task.store) as source:
-                source.kind = kind  # as it was settled for the whole file
+        for part, path, settled, numbers in task.parts:
+            with task.options.open(path, settled, task.store) as source:
                 obs = source.obs()
                 keep = kept_cells(obs, task.options)
                 for block in source.canonical(

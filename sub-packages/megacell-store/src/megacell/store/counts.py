@@ -67,7 +67,8 @@ def judge(indptr: Array, values: Array) -> Verdict:
     totals = np.add.reduceat(values, starts)
     whole = bool((values == np.floor(values)).all())
     if whole:
-        return _judge_whole(np.minimum.reduceat(values, starts), np.diff(indptr)[filled], totals)
+        smallest, lengths = np.minimum.reduceat(values, starts), np.diff(indptr)[filled]
+        return _judge_whole(smallest, lengths, totals, several=bool(values.max() > 1))
     return _judge_fractions(indptr, starts, values, totals)
 
 
@@ -88,9 +89,11 @@ def _judge_fractions(indptr: Array, starts: Array, values: Array, totals: Array)
     return Verdict(FRACTIONAL)
 
 
-def _judge_whole(smallest: Array, lengths: Array, totals: Array) -> Verdict:
+def _judge_whole(smallest: Array, lengths: Array, totals: Array, *, several: bool) -> Verdict:
     if _near_constant(totals):
         return Verdict("", f"has near-constant totals (about {np.median(totals):,.0f}): rounded normalised values")
+    if not several and len(lengths) >= FEWEST_CELLS:
+        return Verdict("", "has no count above one: presence and absence")
     enough = lengths >= ENOUGH_GENES
     if enough.sum() >= FEWEST_CELLS and (smallest[enough] == 1).mean() < LEAST_WITH_ONES:
         return Verdict("", "has whole numbers, but most cells lack the count 1: rounded normalised values")

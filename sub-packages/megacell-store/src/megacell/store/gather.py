@@ -81,37 +81,43 @@ def locate(cells: Any, first: Any, table: Any) -> tuple[Any, Any, Any, int]:
 
 
 @compiled
-def _copy_genes(source: Any, start: int, out: Any, begin: int, end: int) -> int:
+def _copy_genes(source: Any, out: Any) -> int:
     """Copy a row's gene numbers and return the largest: scipy trusts what it is given, so we do not."""
-    largest = 0
-    for k in range(end - begin):
-        gene = source[start + k]
-        out[begin + k] = gene
-        largest = max(largest, gene)
-    return largest
+    largest = source[0]
+    for k in range(len(out)):
+        out[k] = source[k]
+        largest = max(largest, source[k])
+    return int(largest)
 
 
 @compiled
-def _copy_row(source: Any, start: int, out: Any, begin: int, end: int) -> None:
-    for k in range(end - begin):
-        out[begin + k] = source[start + k]
+def _copy_counts(source: Any, out: Any) -> None:
+    for k in range(len(out)):
+        out[k] = source[k]
 
 
 @compiled
-def _put_large(table: Any, shard: int, start: int, counts: Any, begin: int, end: int) -> bool:
+def _copy_narrow(source: Any, out: Any) -> int:
+    """Copy a row's byte counts and return how many of them stand in the overflow arrays."""
+    marks = np.uint32(0)
+    for k in range(len(out)):
+        out[k] = source[k]
+        marks += np.uint32(source[k] == 255)
+    return int(marks)
+
+
+@compiled
+def _put_large(table: Any, shard: int, start: int, out: Any) -> bool:
     """Put the counts above 254 of one row into place; False if one that the row marks is missing."""
     n = table[shard, OVERFLOWS]
     positions = numba.carray(_int64_at(table[shard, POSITIONS]), n)
     large = numba.carray(_uint32_at(table[shard, LARGE]), n)
-    at = np.int64(-1)
-    for k in range(begin, end):
-        if counts[k] == 255:
-            position = start + k - begin
-            if at < 0:
-                at = np.searchsorted(positions, position)
-            if at >= n or positions[at] != position:
+    at = np.searchsorted(positions, start)
+    for k in range(len(out)):
+        if out[k] == 255:
+            if at >= n or positions[at] != start + k:
                 return False
-            counts[k] = large[at]
+            out[k] = large[at]
             at += 1
     return True
 
@@ -141,25 +147,26 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
     """
     for i in range(len(shard_of)):
         shard, start = shard_of[i], start_of[i]
-        begin, end = indptr[i], indptr[i + 1]
-        if begin == end:
+        # slices, because their loops count from 0, which the compiler turns into vector instructions
+        out_genes, out_counts = genes[indptr[i] : indptr[i + 1]], counts[indptr[i] : indptr[i + 1]]
+        stop = start + len(out_genes)
+        if start == stop:
             continue
-        stop = start + end - begin
         if table[shard, INDICES_KIND] == 1:
-            largest = _copy_genes(numba.carray(_uint16_at(table[shard, INDICES]), stop), start, genes, begin, end)
+            largest = _copy_genes(numba.carray(_uint16_at(table[shard, INDICES]), stop)[start:], out_genes)
         else:
-            largest = _copy_genes(numba.carray(_uint32_at(table[shard, INDICES]), stop), start, genes, begin, end)
+            largest = _copy_genes(numba.carray(_uint32_at(table[shard, INDICES]), stop)[start:], out_genes)
         if largest >= n_genes:
             return int(shard)
         kind = table[shard, COUNTS_KIND]
         if kind == 0:
-            _copy_row(numba.carray(_uint8_at(table[shard, COUNTS]), stop), start, counts, begin, end)
-            if not _put_large(table, shard, start, counts, begin, end):
+            marks = _copy_narrow(numba.carray(_uint8_at(table[shard, COUNTS]), stop)[start:], out_counts)
+            if marks and not _put_large(table, shard, start, out_counts):
                 return int(shard)
         elif kind == 1:
-            _copy_row(numba.carray(_uint16_at(table[shard, COUNTS]), stop), start, counts, begin, end)
+            _copy_counts(numba.carray(_uint16_at(table[shard, COUNTS]), stop)[start:], out_counts)
         elif kind == 2:
-            _copy_row(numba.carray(_uint32_at(table[shard, COUNTS]), stop), start, counts, begin, end)
+            _copy_counts(numba.carray(_uint32_at(table[shard, COUNTS]), stop)[start:], out_counts)
         else:
-            _copy_row(numba.carray(_float32_at(table[shard, COUNTS]), stop), start, counts, begin, end)
+            _copy_counts(numba.carray(_float32_at(table[shard, COUNTS]), stop)[start:], out_counts)
     return -1

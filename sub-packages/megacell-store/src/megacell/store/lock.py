@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One writer a store: a lock by exclusive creation, which network file systems honour where flock fails."""
 
+import errno
 import json
 import os
 import secrets
@@ -38,11 +39,19 @@ def writing(store: Path) -> Iterator[None]:
 
 
 def _create(path: Path, content: bytes) -> None:
-    """Create a file with its content in one step, written beside and then linked; FileExistsError if it is there."""
+    """Create a file with its content in one step, written beside and then linked; FileExistsError if it is there.
+
+    On a file system without links it is created exclusively and then filled; who meets it empty respects it.
+    """
     temporary = path.with_name(f"{NAME}-{secrets.token_hex(8)}")
     temporary.write_bytes(content)
     try:
         os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with open(path, "xb") as file:
+            file.write(content)
     finally:
         temporary.unlink(missing_ok=True)
 

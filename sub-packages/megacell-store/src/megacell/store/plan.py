@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from megacell.store.counts import FRACTIONAL
+from megacell.store.counts import FRACTIONAL, LENGTH_NORMALISED, UMI
 from megacell.store.durable import hash_file
 from megacell.store.errors import DataError, MegacellError, UsageError
 from megacell.store.genes import FEWEST, GeneTable, symbol_map
@@ -20,10 +20,11 @@ from megacell.store.manifest import Manifest, ObsColumn, Source
 from megacell.store.obs import describe, tidy, unite
 from megacell.store.panels import Panels
 from megacell.store.sources.h5ad import H5adSource, open_h5ad
+from megacell.store.sources.h5ad_counts import Settled
 from megacell.store.species import settle_species
 
 SUFFIX = ".h5ad"
-_BYTES_OF = {"umi": 3, FRACTIONAL: 6}  # of one stored value, with a byte's or float32's count and a uint16 gene
+_BYTES_OF = {UMI: 3, FRACTIONAL: 6}  # of one stored value, with a byte's or float32's count and a uint16 gene
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,16 @@ class Options:
     allow_length_normalised: bool = False
     all_cells: bool = False
 
-    def open(self, path: Path, scratch: Path | None = None) -> H5adSource:
-        """Open one file."""
-        allow = self.allow_length_normalised
-        return open_h5ad(path, self.counts, self.gene_ids, allow_length_normalised=allow, scratch=scratch)
+    def open(self, path: Path, settled: Settled | None = None, scratch: Path | None = None) -> H5adSource:
+        """Open one file; `settled` and `scratch` as for `open_h5ad`."""
+        return open_h5ad(
+            path,
+            self.counts,
+            self.gene_ids,
+            allow_length_normalised=self.allow_length_normalised,
+            scratch=scratch,
+            settled=settled,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Inspection:
     values: int = 0
     kind: str = ""
     matrix: str = ""
+    settled: Settled | None = None
     ids: str = ""
     species: str = ""
     gene_ids: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, object))
@@ -176,6 +184,7 @@ def _look(found: Inspection, source: H5adSource, options: Options) -> None:
     keep = kept_cells(obs, options)
     found.rows, found.cells = len(obs), int(keep.sum())
     found.kind, found.matrix, found.ids = source.kind, source.matrix, source.ids
+    found.settled = source.settled
     found.gene_ids, found.symbols, found.biotypes = source.gene_ids, source.symbols, source.biotypes
     found.values = source.stored_values
     found.obs = describe(tidy(obs))
@@ -191,7 +200,7 @@ def _look(found: Inspection, source: H5adSource, options: Options) -> None:
             mend = "give all genes, or --allow-subset (medians will leave the source out)"
             raise DataError(f"{found.path}: {found.matrix} measures only {len(source.gene_ids):,} genes; {mend}")
         found.notes.append(f"a subset of {len(source.gene_ids):,} genes: no use for medians")
-    if found.kind == "length-normalised":
+    if found.kind == LENGTH_NORMALISED:
         found.notes.append("length-normalised: medians of counts do not apply")
 
 
@@ -303,7 +312,7 @@ def _pack(parts: list[list[Part]], inspections: list[Inspection], first: int, sh
         for part in own:
             found = inspections[part.source - first]
             size = found.values * _BYTES_OF.get(found.kind, 6) * (part.stop - part.start) / max(1, found.rows)
-            if not shards or filled + size > shard_bytes or whole != (found.kind == "umi"):
+            if not shards or filled + size > shard_bytes or whole != (found.kind == UMI):
                 shards.append([])
                 filled, whole = 0.0, found.kind == "umi"
             shards[-1].append(part)
@@ -313,4 +322,6 @@ def _pack(parts: list[list[Part]], inspections: list[Inspection], first: int, sh
 
 def as_fractional(found: Inspection) -> Inspection:
     """Return a source that turned out to hold fractions further on than it was judged by."""
-    return replace(found, kind=FRACTIONAL, notes=[*found.notes, "fractions among whole counts"])
+    assert found.settled is not None
+    settled = replace(found.settled, kind=FRACTIONAL)
+    return replace(found, kind=FRACTIONAL, settled=settled, notes=[*found.notes, "fractions among whole counts"])

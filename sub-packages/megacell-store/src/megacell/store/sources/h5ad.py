@@ -16,7 +16,7 @@ from megacell.store.counts import LENGTH_NORMALISED, UMI
 from megacell.store.errors import DataError, UsageError
 from megacell.store.recover import recover_rows, tolerances
 from megacell.store.sources.h5_matrix import DAMAGE, ROWS
-from megacell.store.sources.h5ad_counts import Choice, choose_counts, first_line, read_frame
+from megacell.store.sources.h5ad_counts import Choice, Settled, choose_counts, first_line, read_frame, reopen_counts
 from megacell.store.species import stated_species
 
 Array = np.ndarray[Any, Any]
@@ -42,6 +42,8 @@ class H5adSource:
         "umi", "fractional" or "length-normalised".
     matrix : str
         Where the counts were found: "X", "raw", "layer:NAME", "recover:…".
+    settled : Settled
+        By which the file can be opened again without another look for counts.
     notes : list of str
         What was dropped, summed or found ambiguous.
     stated_species : set of str
@@ -54,8 +56,10 @@ class H5adSource:
         self.n_cells = len(obs)
         features = choice.features
         self.gene_ids, self.symbols, self.biotypes = features.gene_ids, features.symbols, features.biotypes
-        self.ids, self.notes, self.kind = features.ids, list(features.notes), choice.kind
-        self.matrix = choice.name if choice.precision is None else f"recover:{choice.name}"
+        self.ids, self.notes = features.ids, list(features.notes)
+        settled = self.settled = choice.settled
+        self.kind = settled.kind
+        self.matrix = settled.name if settled.precision is None else f"recover:{settled.name}"
         self.stated_species = stated
 
     def __enter__(self) -> Self:
@@ -126,8 +130,8 @@ class H5adSource:
         stop = self.n_cells if stop is None else stop
         for first, indptr, columns, values in choice.matrix.blocks(start, stop, rows):
             kept = np.ones(len(indptr) - 1, bool) if keep is None else keep[first : first + len(indptr) - 1]
-            if choice.precision is not None:
-                values = self._recovered(first, indptr, values, choice.precision)
+            if choice.settled.precision is not None:
+                values = self._recovered(first, indptr, values, choice.settled.precision)
             out_indptr, genes, out, flags, bad = canonical_rows(indptr, columns, values, kept, gene_of, n_genes)
             self._check(flags, first + bad)
             yield out_indptr, genes, out
@@ -171,6 +175,7 @@ def open_h5ad(
     *,
     allow_length_normalised: bool = False,
     scratch: Path | None = None,
+    settled: Settled | None = None,
 ) -> H5adSource:
     """Open an .h5ad file and find its counts and genes.
 
@@ -186,6 +191,8 @@ def open_h5ad(
         Take TPM, to which medians of counts do not apply.
     scratch : Path, optional
         Folder for the temporary files by which a CSC matrix is read by rows; the system's own unless given.
+    settled : Settled, optional
+        What an earlier opening of the same file settled; `counts` is not looked at then.
 
     Raises
     ------
@@ -205,9 +212,12 @@ def open_h5ad(
         raise DataError(f"{path}: {what} ({first_line(error)}); fetch it again") from None
     try:
         obs, var, uns = _frames(file, path)
-        choice = choose_counts(file, path, obs, var, counts, gene_ids)
+        if settled:
+            choice = reopen_counts(file, path, obs, var, settled, gene_ids)
+        else:
+            choice = choose_counts(file, path, obs, var, counts, gene_ids)
         choice.matrix.scratch = scratch
-        if choice.kind == LENGTH_NORMALISED and not allow_length_normalised:
+        if choice.settled.kind == LENGTH_NORMALISED and not allow_length_normalised:
             mend = "give counts, or --allow-length-normalised (medians of counts do not apply)"
             raise DataError(f"{choice.matrix.place}: totals of a million look like TPM; {mend}")
         return H5adSource(file, path, obs, choice, stated_species(obs, var, uns))

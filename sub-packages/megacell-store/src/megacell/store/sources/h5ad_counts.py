@@ -25,14 +25,31 @@ SAMPLE_RUNS, SAMPLE_RUN = 16, 32  # a matrix is judged by this many runs of so m
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The matrix that was chosen: its name ("X", "raw", "layer:NAME"), reader, genes and kind of counts."""
+class Settled:
+    """What was found out about a file's counts, so that opening it again need not judge again.
+
+    Attributes
+    ----------
+    name : str
+        "X", "raw" or "layer:NAME".
+    kind : str
+        Kind of counts.
+    precision : float or None
+        Set where counts are recovered from logarithms that are stored so precisely.
+    """
 
     name: str
+    kind: str
+    precision: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The matrix that was chosen: what is settled about it, its reader and its genes."""
+
+    settled: Settled
     matrix: Matrix
     features: Features
-    kind: str
-    precision: float | None = None  # set where counts are recovered from logarithms stored so precisely
 
 
 def choose_counts(
@@ -53,14 +70,14 @@ def choose_counts(
         if not verdict.kind:
             others = ", ".join(f"--counts {name}" for name in [*names, "recover"] if name != counts)
             raise DataError(f"{found.matrix.place} {verdict.reason}; give the one that holds counts: {others}")
-        return Choice(found.name, found.matrix, found.features, verdict.kind)
+        return _settle(found, verdict.kind)
     return _automatic(file, path, obs, var, names, gene_ids)
 
 
 def _automatic(
     file: h5py.File, path: Path, obs: pd.DataFrame, var: pd.DataFrame, names: list[str], gene_ids: str
 ) -> Choice:
-    """Take the fullest of X, raw and the layers named after counts; whole ones before fractions."""
+    """Take the fullest of the layers named after counts, raw and X; whole counts before fractions."""
     known = [n for n in names if not n.startswith("layer:") or n.removeprefix("layer:").lower() in COUNT_LAYERS]
     found = {name: _open(file, path, name, obs, var, gene_ids) for name in known}
     verdicts = {name: _judge(choice) for name, choice in found.items()}
@@ -76,15 +93,27 @@ def _automatic(
         reasons = "; ".join(f"{name} has {width[name]:,} genes but {verdicts[name].reason}" for name in fuller)
         mend = f"--counts recover for all genes, --counts {best} for these alone"
         raise DataError(f"{path}: {best} holds counts of only {width[best]:,} genes ({reasons}); {mend}")
-    choice = found[best]
-    return Choice(best, choice.matrix, choice.features, verdicts[best].kind)
+    return _settle(found[best], verdicts[best].kind)
+
+
+def reopen_counts(
+    file: h5py.File, path: Path, obs: pd.DataFrame, var: pd.DataFrame, settled: Settled, gene_ids: str
+) -> Choice:
+    """Open the matrix that an earlier look at the same file settled on."""
+    found = _open(file, path, settled.name, obs, var, gene_ids)
+    return Choice(settled, found.matrix, found.features)
+
+
+def _settle(found: Choice, kind: str, precision: float | None = None) -> Choice:
+    return Choice(Settled(found.settled.name, kind, precision), found.matrix, found.features)
 
 
 def _matrices(file: h5py.File) -> list[str]:
-    """Return the names of a file's matrices: raw first, then X, then layers."""
-    names = ["raw"] if "raw" in file and "X" in file["raw"] else []
-    names += ["X"] if "X" in file else []
-    return names + [f"layer:{name}" for name in file.get("layers", ())]
+    """Return the names of a file's matrices, the likeliest to hold counts first."""
+    names = [f"layer:{name}" for name in file.get("layers", ())]
+    names += ["raw"] if "raw" in file and "X" in file["raw"] else []
+    names += ["X"] if "X" in file and file["X"].attrs.get("encoding-type") != "null" else []
+    return names
 
 
 def _node(file: h5py.File, name: str) -> Any:
@@ -104,7 +133,7 @@ def _open(file: h5py.File, path: Path, name: str, obs: pd.DataFrame, var: pd.Dat
     of_raw = name == "raw"
     own = read_frame(file, "raw/var", path) if of_raw and "var" in file["raw"] else var
     matrix = open_matrix(_node(file, name), place, len(obs), len(own))
-    return Choice(name, matrix, read_features(own, place, gene_ids, var if of_raw else None), "")
+    return Choice(Settled(name, ""), matrix, read_features(own, place, gene_ids, var if of_raw else None))
 
 
 def _sample(choice: Choice) -> tuple[Array, Array]:
@@ -127,10 +156,11 @@ def _recoverable(choice: Choice) -> Choice:
     _, values = _sample(choice)
     if not len(values) or not np.isfinite(values).all() or values.min() < 0:
         raise DataError(f"{choice.matrix.place}: no logarithms of counts to recover from; --counts X|raw|layer:NAME")
-    return Choice(choice.name, choice.matrix, choice.features, UMI, stored_precision(values))
+    return _settle(choice, UMI, stored_precision(values))
 
 
 def read_frame(file: h5py.File, name: str, path: Path) -> pd.DataFrame:
+    """Read obs, var or raw's var through AnnData's own reader."""
     from anndata.io import read_elem  # slow to import, and `megacell --help` comes by here
 
     try:
@@ -147,4 +177,5 @@ def read_frame(file: h5py.File, name: str, path: Path) -> pd.DataFrame:
 
 
 def first_line(error: BaseException) -> str:
+    """Return an error's message without what follows its first line."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
