@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacell.store import CellStore, conversion, convert
+from megacell.store import CellStore, conversion, convert, durable
 from megacell.store.errors import DataError
 from megacell.store.lock import NAME as LOCK
 from megacell.store.verify import verify
@@ -73,6 +73,23 @@ def test_a_file_that_changes_while_it_is_read_is_refused(counts, save, tmp_path,
     with pytest.raises(DataError, match=r"made\.h5ad: changed while it was read"):
         convert(path, tmp_path / "store", **ALLOWED)
     assert not (tmp_path / "store").exists()
+
+
+def test_an_error_after_the_commit_harms_nothing(counts, made, save, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    convert(save(counts, "old.h5ad"), store, **ALLOWED)
+    real = durable.write_whole
+
+    def interrupted(path, content):
+        real(path, content)
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("megacell.store.manifest.write_whole", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(save(made.counts(20, 300, seed=3), "new.h5ad"), store, append=True, **ALLOWED)
+    assert verify(store).damages == []
+    assert len(CellStore.open(store)) == 80
 
 
 def test_an_error_in_a_later_file_leaves_nothing_of_the_earlier_ones(counts, made, save, tmp_path, monkeypatch):

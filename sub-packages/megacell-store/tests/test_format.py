@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Version 1 of the format does not change: the arrays of a fixed store, bit for bit, and the page that describes them."""
+"""Version 1 of the format does not change: a fixed store's arrays, bit for bit, and the page that describes them."""
 
 import json
 import textwrap

@@ -35,7 +35,6 @@ from megacell.store.plan import (
     inspect,
     kept_cells,
     make_plan,
-    name_sources,
     refuse,
 )
 from megacell.store.progress import Progress
@@ -161,8 +160,7 @@ def convert(
         options = Options(counts, gene_ids, before.species, allow_subset, allow_length_normalised, all_cells)
     files = find_files(sources)
     with Progress(show=progress) as bar:
-        names = name_sources(files, [source.name for source in before.sources] if before else [])
-        inspections = [inspect(path, name, options) for path, name in bar.steps("looking at files", files, names)]
+        inspections = [inspect(path, options) for path in bar.steps("looking at files", files)]
         if dry_run:
             return ConversionReport(store, 0, sum(i.cells for i in inspections if not i.refused), 0, inspections)
         refuse(inspections)
@@ -189,7 +187,7 @@ def _make(
     while True:
         genes = GeneTable.read(store / before.genes_file) if before else GeneTable()
         panels = Panels.read(store / before.panels_file) if before else Panels()
-        plan = make_plan([*inspections], before, genes, panels, shard_bytes)
+        plan = make_plan(inspections, before, genes, panels, shard_bytes)
         if not sum(source.cells for source in plan.sources):
             raise DataError(
                 f"{inspections[0].path}: no cell left to convert; --all-cells keeps those that are not primary"
@@ -198,16 +196,16 @@ def _make(
             shards = _run(_tasks(store, plan, options), workers, bar)
             manifest = _commit(store, plan, shards)
         except NotWhole as error:
-            sweep(store, before)
+            sweep(store)
             (wrong,) = (i for i, found in enumerate(inspections) if str(error).startswith(f"{found.path}: "))
             inspections[wrong] = as_fractional(inspections[wrong])
             say(f"{inspections[wrong].path}: fractions among whole counts, starting again with counts as fractional")
         except OSError as error:
-            sweep(store, before)
+            sweep(store)
             where = error.filename or store
             raise DataError(f"{where}: {error.strerror or error}; see to room and rights, then run it again") from error
         except BaseException:
-            sweep(store, before)
+            sweep(store)
             raise
         else:
             say(f"wrote {len(shards)} shard{'s' * (len(shards) != 1)}, {sum(s.values for s in shards):,} values")

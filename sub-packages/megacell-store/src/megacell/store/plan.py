@@ -70,7 +70,6 @@ class Inspection:
     """One file as it was found: either `refused`, or what the conversion needs to know of it."""
 
     path: Path
-    name: str
     refused: MegacellError | None = None
     state: State | None = None
     hash: str = ""
@@ -165,9 +164,9 @@ def name_sources(paths: Sequence[Path], taken: Iterable[str] = ()) -> list[str]:
     return names
 
 
-def inspect(path: Path, name: str, options: Options) -> Inspection:
+def inspect(path: Path, options: Options) -> Inspection:
     """Look at one file without reading all of it; what speaks against it is kept, not raised."""
-    found = Inspection(path, name)
+    found = Inspection(path)
     try:
         found.state = State.of(path)
         with options.open(path) as source:
@@ -247,18 +246,19 @@ def make_plan(
     known = symbol_map(
         [(genes.gene_ids, genes.symbols)] + [(i.gene_ids, i.symbols) for i in inspections if i.ids == "ensembl"]
     )
+    names = name_sources([i.path for i in inspections], [s.name for s in before.sources] if before else [])
     numbers, sources = [], []
-    for found in inspections:
-        ids = found.gene_ids
+    for name, found in zip(names, inspections, strict=True):
+        ids, notes = found.gene_ids, list(found.notes)
         if found.ids == "symbol":
             mapped = known.reindex(ids)
             n = int(mapped.notna().sum())
             ids = np.where(mapped.notna(), mapped.to_numpy(object), ids)
             rest = f"{len(ids) - n:,} keep their symbol"
-            found.notes.append(f"symbols only: {n:,} have an id by the other sources, {rest}")
+            notes.append(f"symbols only: {n:,} have an id by the other sources, {rest}")
         own = genes.add(ids, found.symbols, found.biotypes)
         numbers.append(own)
-        sources.append(_record(found, own, panels))
+        sources.append(_record(name, found, own, notes, panels))
     first = len(before.sources) if before else 0
     parts = [_parts(first + i, found, shard_bytes) for i, found in enumerate(inspections)]
     schemas = [list(before.obs)] if before else []
@@ -275,11 +275,11 @@ def make_plan(
     )
 
 
-def _record(found: Inspection, numbers: np.ndarray[Any, Any], panels: Panels) -> Source:
+def _record(name: str, found: Inspection, numbers: np.ndarray[Any, Any], notes: list[str], panels: Panels) -> Source:
     measured = np.unique(numbers).astype(np.uint32)
     assert found.state is not None
     return Source(
-        name=found.name,
+        name=name,
         file=found.path.name,
         format="h5ad",
         size=found.state.size,
@@ -293,7 +293,7 @@ def _record(found: Inspection, numbers: np.ndarray[Any, Any], panels: Panels) ->
         panel=panels.add(measured),
         subset=found.subset,
         species=found.species,
-        notes=tuple(found.notes),
+        notes=tuple(notes),
     )
 
 

@@ -3,7 +3,9 @@
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+Item = TypeVar("Item")
 
 
 class Progress:
@@ -57,9 +59,9 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, description=text)
 
-    def steps(self, text: str, *sequences: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        """Yield the items of equally long sequences, a unit each."""
-        self.start(text, len(sequences[0]))
-        for items in zip(*sequences, strict=True):
-            yield items
+    def steps(self, text: str, items: Sequence[Item]) -> Iterator[Item]:
+        """Yield the items, a unit each."""
+        self.start(text, len(items))
+        for item in items:
+            yield item
             self.advance(1)

@@ -48,15 +48,19 @@ def open_target(store: Path, *, append: bool) -> Iterator[Manifest | None]:
     try:
         with writing(store):
             before = check_target(store, append=append)  # again: another conversion may have come between
-            sweep(store, before)
+            sweep(store)
             yield before
     finally:
         if not (store / NAME).exists() and not any(store.iterdir()):
             store.rmdir()
 
 
-def sweep(store: Path, manifest: Manifest | None) -> None:
-    """Remove what a conversion that was killed left: every file of ours that the manifest does not name."""
+def sweep(store: Path) -> None:
+    """Remove what a conversion that failed or was killed left: every file of ours that the manifest does not name.
+
+    The manifest is read here and now: a conversion may have failed after its commit, and then its files are named.
+    """
+    manifest = Manifest.open(store) if (store / NAME).exists() else None
     named = {NAME, LOCK}
     shards: set[str] = set()
     if manifest:
