@@ -4,6 +4,7 @@
 import csv
 import json
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megacell.store import CellStore
 
 matplotlib.use("Agg")
 COMPONENTS = 50  # of the principal component analysis
+BOOTSTRAPS = 200  # resamplings of the held-out cells, for the standard error of macro-F1
 
 
 @dataclass
@@ -58,8 +60,11 @@ class Cells:
             known &= column.notna().to_numpy()
         return cls(representations, labels, split.train & known, split.validation & known)
 
-    def macro_f1(self, name: str) -> float:
-        """Return the macro-F1 on held-out cells of a logistic regression fitted on training cells."""
+    def macro_f1(self, name: str) -> tuple[float, float]:
+        """Return the macro-F1 on held-out cells of a logistic regression fitted on training cells, and its error.
+
+        The standard error is that of resampling the held-out cells.
+        """
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import f1_score
         from sklearn.pipeline import make_pipeline
@@ -69,8 +74,11 @@ class Cells:
         features, labels = self.representations[name], self.labels
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
         classifier.fit(features[self.train], labels[self.train])
-        predicted = classifier.predict(features[self.held_out])
-        return float(f1_score(labels[self.held_out], predicted, average="macro"))
+        true, predicted = labels[self.held_out], classifier.predict(features[self.held_out])
+        draw = np.random.default_rng(0)
+        samples = [draw.integers(len(true), size=len(true)) for _ in range(BOOTSTRAPS)]
+        scores = [f1_score(true[s], predicted[s], average="macro", zero_division=0) for s in samples]
+        return float(f1_score(true, predicted, average="macro", zero_division=0)), float(np.std(scores))
 
 
 def _embed_untrained(store: CellStore, trained: Any) -> np.ndarray:
@@ -96,7 +104,8 @@ def _principal_components(store: CellStore, train: np.ndarray) -> np.ndarray:
 
     counts = store.rows(np.arange(len(store))).astype(np.float64)
     counts.data /= np.repeat(np.asarray(counts.sum(1)).ravel(), np.diff(counts.indptr)) / 1e4
-    logs = counts.log1p()
+    measured = reduce(np.intersect1d, [store.panel(source) for source in range(len(store.sources))])
+    logs = counts.log1p()[:, measured]  # genes that every file measures: others would tell the files apart
     centred = TruncatedSVD(min(COMPONENTS + 1, logs.shape[1] - 1), random_state=0).fit(logs[train])
     return centred.transform(logs)
 
@@ -173,6 +182,6 @@ def print_table(cells: Cells, run: Path, model: Path, store: Path, seconds: floa
         held_out = f"{int(cells.held_out.sum()):,} held-out cells, {len(np.unique(cells.labels[cells.held_out]))} types"
         table.add_row(f"cell type, macro-F1 on {held_out}", "")
         for name in cells.representations:
-            table.add_row(f"    {name}", f"{cells.macro_f1(name):.3f}")
+            table.add_row(f"    {name}", "{:.2f} ± {:.2f}".format(*cells.macro_f1(name)))
     table.add_row("time in all", f"{seconds / 60:.1f} min")
     Console(width=100, soft_wrap=True).print(table)

@@ -9,6 +9,7 @@ so that weights, the optimizer's state and the step are all there is to save.
 
 import json
 import pickle
+import queue
 import re
 import shutil
 import signal
@@ -76,7 +77,10 @@ def save(folder: Path, step: int, bert, optimizer, facts: dict, keep: int) -> Pa
 
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # Megatron's own queue lives in a process that outlasts a killed rank; saving in this process needs none
+    filesystem_async._results_queue = queue.Queue()
     target = folder / f"step-{step:08d}"
     temporary = folder / f".{target.name}.partial"
     first = dist.get_rank() == 0
