@@ -4,7 +4,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.set-up
-PACKAGES := megacell.store megacell.geneformer
 
 .PHONY: setup demo test test-all lint clean
 
@@ -21,7 +20,8 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(addprefix --package ,$(PACKAGES))
+	$(BIN)/mypy --strict --package megacell.store
+	$(BIN)/mypy --package megacell.geneformer
 
 test: lint
 	$(BIN)/python -m pytest -m "not exhaustive"

@@ -111,7 +111,9 @@ def losses_and_gradients(tensor: int, steps: int = 20) -> tuple[list[float], lis
         step_optimizer = engine.optimizer.step
         engine.optimizer.step = lambda: (gradients.append(whole_gradients(engine)), step_optimizer())[1]
         for step in range(steps):
-            result = engine.train_step(packs(step, state.get_data_parallel_rank(), state.get_data_parallel_world_size()))
+            result = engine.train_step(
+                packs(step, state.get_data_parallel_rank(), state.get_data_parallel_world_size())
+            )
             sums = torch.tensor([result.loss_sum, result.masked], dtype=torch.float64)
             dist.all_reduce(sums, group=state.get_data_parallel_group())
             losses.append(float(sums[0] / sums[1]))

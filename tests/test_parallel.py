@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """However a step is spread over ranks, it is the same step."""
 
-import jobs
 import numpy as np
 import pytest
+
+import jobs
 from megacell.geneformer.training import checkpoint
 
 

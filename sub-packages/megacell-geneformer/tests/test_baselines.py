@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from megacell.geneformer.baselines import RANK_BINS, TokenFrequency, frequency_log_prior
 from megacell.store.errors import DataError
 

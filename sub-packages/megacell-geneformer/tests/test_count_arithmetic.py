@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from megacell.geneformer.count_arithmetic import ArithmeticSettings, CountArithmetic
 from megacell.geneformer.count_decoding import MAX_RANDOM_RUN, decode_counts
 from megacell.store.errors import DataError

@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+
 from megacell.geneformer.compiling import compiled
 from megacell.store.errors import DataError
 
@@ -42,7 +43,6 @@ class TokenFrequency:
         Training tokens of each gene; as a gene stands at most once in a cell, also the cells that show it.
     rank_counts : int64 [25, size]
         The same by bin of relative rank.
-
     """
 
     def __init__(self, size: int, gene_tokens: npt.ArrayLike) -> None:
@@ -76,7 +76,6 @@ class TokenFrequency:
         ------
         ValueError
             A token is not a gene, or the offsets do not cover the tokens.
-
         """
         tokens, cu_lengths = np.asarray(tokens), np.asarray(cu_lengths, dtype=np.int64)
         self.check(tokens, cu_lengths)
@@ -93,7 +92,6 @@ class TokenFrequency:
             p(gene), zero for specials.
         rank_frequency : float64 [25, size]
             p(gene | bin of relative rank), zero for specials; each row sums to one.
-
         """
         if self._probabilities is None:
             frequency = np.where(self.is_gene, self.token_counts + PSEUDOCOUNT, 0.0)
@@ -114,7 +112,6 @@ class TokenFrequency:
         -------
         float64 [M]
             -log p(true token) in nats.
-
         """
         self.check(true_tokens)
         nats: np.ndarray = -np.log(self.probabilities()[0][true_tokens])
@@ -136,7 +133,6 @@ class TokenFrequency:
         -------
         float64 [M]
             -log p(true token | bin of relative rank) in nats.
-
         """
         self.check(true_tokens)
         position, n_genes = np.asarray(position, dtype=np.int64), np.asarray(n_genes, dtype=np.int64)
@@ -152,7 +148,6 @@ class TokenFrequency:
         -------
         dict
             ``gene_tokens`` int32 [G], ``rank_counts`` int64 [25, size], ``cells`` int64 [].
-
         """
         return {"gene_tokens": self.gene_tokens, "rank_counts": self.rank_counts, "cells": np.array(self.cells)}
 
@@ -164,7 +159,6 @@ class TokenFrequency:
         ------
         DataError
             An array is absent or has another shape or type than `to_arrays` gives.
-
         """
         absent = {"gene_tokens", "rank_counts", "cells"} - set(arrays)
         if absent:
@@ -192,7 +186,6 @@ class TokenFrequency:
         ------
         ValueError
             One of the two holds; a fault of the caller, not of a user's data.
-
         """
         tokens = np.asarray(tokens)
         if tokens.size and (tokens.min() < 0 or tokens.max() >= self.size or not self.is_gene[tokens].all()):
@@ -211,14 +204,13 @@ def frequency_log_prior(frequency: TokenFrequency) -> np.ndarray:
     -------
     float64 [size]
         log p(gene) in nats; specials get the least value of any gene, so that the bias stays finite.
-
     """
     probability = frequency.probabilities()[0]
     return np.log(np.where(frequency.is_gene, probability, probability[frequency.gene_tokens].min()))
 
 
 @compiled
-def _count_ranks(tokens, cu_lengths, rank_counts):  # type: ignore[no-untyped-def]
+def _count_ranks(tokens, cu_lengths, rank_counts):
     """Add each token to its bin of relative rank."""
     for cell in range(len(cu_lengths) - 1):
         start, end = cu_lengths[cell], cu_lengths[cell + 1]

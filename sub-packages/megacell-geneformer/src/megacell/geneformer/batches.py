@@ -44,7 +44,6 @@ class MicroBatch:
         Global cell numbers.
     n_tokens : int
         Real tokens: T without pad tokens.
-
     """
 
     tokens: np.ndarray
@@ -76,7 +75,6 @@ class Packer:
     masking : MaskSettings
     multiple_of : int
         The pack's length is rounded up to a multiple of this.
-
     """
 
     def __init__(self, encoder: RankEncoder, masking: MaskSettings, multiple_of: int = 1) -> None:
@@ -99,7 +97,6 @@ class Packer:
             The rows' global cell numbers.
         keys : uint32 [C, 2], optional
             `stream_key` of each; without, nothing is masked.
-
         """
         tokens, cu_lengths = self.encoder.encode(*rows, dtype=np.int64, multiple_of=self.multiple_of)
         n_tokens, longest = int(cu_lengths[-1]), int(np.diff(cu_lengths).max(initial=0))
@@ -162,7 +159,6 @@ class BatchStream:
         A global batch smaller than the ranks; a budget below max_length; a rank outside the ranks.
     DataError
         No cell to go through.
-
     """
 
     def __init__(
@@ -223,7 +219,6 @@ class BatchStream:
             A cell could not be read or does not fit its recorded length; names the cells.
         UsageError
             A step below 0, or beyond the end of a validation.
-
         """
         if k < 0 or (self.validation and k >= self.steps_per_epoch):
             raise UsageError(f"step {k} is outside the {self.steps_per_epoch} steps of a validation, or below 0")
@@ -263,7 +258,6 @@ class BatchStream:
             Steps of this stream; a validation ends by itself.
         depth : int, default 2
             Steps made ahead, by one thread in the background; the compiled passes hold no lock on the interpreter.
-
         """
         if self.validation:
             last = self.steps_per_epoch if last is None else min(last, self.steps_per_epoch)
@@ -277,7 +271,6 @@ class Prefetched(Iterator[list[MicroBatch]]):
     ----------
     wait_seconds : float
         How long the consumer has waited for a step so far.
-
     """
 
     def __init__(self, stream: BatchStream, first: int, last: int | None, depth: int) -> None:

@@ -46,6 +46,7 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+
 from megacell.geneformer.baselines import RANK_BINS, TokenFrequency
 from megacell.geneformer.compiling import compiled
 from megacell.geneformer.count_decoding import decode_counts
@@ -72,7 +73,6 @@ class ArithmeticSettings:
         detection rate.
     fallback_share : float
         Probability kept for rank frequency.
-
     """
 
     max_count: int = 60
@@ -108,7 +108,6 @@ class CountArithmetic:
         All tokens that are genes, ascending.
     settings : ArithmeticSettings
         The model's constants.
-
     """
 
     def __init__(
@@ -141,7 +140,6 @@ class CountArithmetic:
             A count is not a whole number of at least 1.
         ValueError
             A token is not a gene, or the lengths do not agree.
-
         """
         tokens, counts = np.asarray(tokens), np.asarray(counts, dtype=np.float64)
         if tokens.shape != counts.shape:
@@ -169,7 +167,6 @@ class CountArithmetic:
         ------
         DataError
             A gene's median is not a positive number.
-
         """
         frequency, settings = self.frequency, self.settings
         genes = frequency.gene_tokens
@@ -229,7 +226,6 @@ class CountArithmetic:
         ------
         ValueError
             `fit` was not called after `add`, a token is not a gene, or the arrays do not agree.
-
         """
         if self._fitted is None:
             raise ValueError("call fit after the training cells were added")
@@ -283,7 +279,7 @@ def _pairs_in_order(genes: np.ndarray, medians: np.ndarray, max_count: int) -> t
 
 
 @compiled
-def _window_shares(before, masked, true, places, unseen, pair_gene, pair_weight, shares):  # type: ignore[no-untyped-def]
+def _window_shares(before, masked, true, places, unseen, pair_gene, pair_weight, shares):
     """Share of the true gene among the unseen genes that fit between a position's honest neighbours; NaN if none does.
 
     before int64 [M]: visible tokens before the position; masked bool [M]; true int [M]; places int [visible], -1 for

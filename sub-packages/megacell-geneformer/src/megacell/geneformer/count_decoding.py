@@ -4,13 +4,14 @@
 import math
 
 import numpy as np
+
 from megacell.geneformer.compiling import compiled
 
 MAX_RANDOM_RUN = 3  # random genes in a row; they are 1 in 59 of the visible tokens
 
 
 @compiled
-def decode_counts(tokens, place, log_count, random_cost, violation_cost):  # type: ignore[no-untyped-def]
+def decode_counts(tokens, place, log_count, random_cost, violation_cost):
     """The most likely counts of a cell's visible tokens, by Viterbi over (token, count); exact for the objective.
 
     Parameters
@@ -28,7 +29,6 @@ def decode_counts(tokens, place, log_count, random_cost, violation_cost):  # typ
     -------
     int64 [n]
         Counts in 1..K (K for K and above); 0 for a token taken as random.
-
     """
     n, n_counts = len(tokens), place.shape[1]
     score = np.empty((n, n_counts))  # best sum of a path whose last honest token is t, with that count

@@ -101,7 +101,9 @@ def _train_and_kill(settings: list[str], run: Path) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # the ranks die with their parent
             process.wait()
-    print(f"\n-- killed (SIGKILL) at about step {_last_step(run)}; now it goes on from its last checkpoint --", flush=True)
+    print(
+        f"\n-- killed (SIGKILL) at about step {_last_step(run)}; now it goes on from its last checkpoint --", flush=True
+    )
 
 
 def _last_step(run: Path) -> int:
@@ -144,7 +146,9 @@ def write_pbmc(folder: Path, label: str) -> Path:
     shipped.unlink()
     if not np.array_equal(counts.data, np.round(counts.data)):
         raise DataError("the counts recovered from scanpy's PBMC are not whole")
-    print(f"scanpy's PBMC: {counts.shape[0]} cells, {counts.shape[1]} genes; counts recovered from log values, all whole")
+    print(
+        f"scanpy's PBMC: {counts.shape[0]} cells, {counts.shape[1]} genes; counts recovered from log values, all whole"
+    )
     draw = np.random.default_rng(SEED)
     for number, cells in enumerate(np.array_split(draw.permutation(len(obs)), 3)):
         measured = np.sort(draw.permutation(len(genes))[: round(len(genes) * (1 - DROPPED))])

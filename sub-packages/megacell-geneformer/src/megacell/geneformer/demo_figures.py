@@ -126,7 +126,9 @@ def plot_loss(run: Path, path: Path) -> None:
         axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
     for key, name in (("frequency", "gene frequency"), ("rank_frequency", "frequency at that rank")):
         axes.axhline(summary[key], linestyle="--", linewidth=1, color="grey")
-        axes.annotate(name, (1, summary[key]), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey")
+        axes.annotate(
+            name, (1, summary[key]), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
+        )
     axes.set(xlabel="step", ylabel="loss at masked genes (nats)")
     axes.legend(frameon=False, loc="lower left")
     figure.savefig(path, dpi=150)

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ class Embedder:
         For a pool or layer that the model has not.
     """
 
-    def __init__(self, model: Any, gene_ids: Any, symbols: Any, pool: str = "mean", layer: str | int = "second_to_last"):
+    def __init__(
+        self, model: Any, gene_ids: Any, symbols: Any, pool: str = "mean", layer: str | int = "second_to_last"
+    ):
         self.model, self.vocabulary = model, model.vocabulary
         if pool not in POOLS or (pool == "cls" and "cls" not in self.vocabulary.specials):
             raise UsageError(f"--pool {pool}: choose mean" + (" or cls" if "cls" in self.vocabulary.specials else ""))
@@ -100,7 +103,7 @@ class Embedder:
         if self.pool == "cls":
             return states[pack.cu_seqlens[:-1].long()].cpu().numpy()
         before, after = len(self.vocabulary.prefix), len(self.vocabulary.suffix)
-        means = [states[a + before : b - after].mean(0) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        means = [states[a + before : b - after].mean(0) for a, b in pairwise(starts)]
         return torch.stack(means).cpu().numpy()
 
 
@@ -179,7 +182,9 @@ def embed_file(
         if data.is_dir():
             store = CellStore.open(data)
             ids, symbols, cells, obs = store.gene_ids, store.symbols, len(store), store.obs
-            blocks = (store.rows(np.arange(a, min(a + ROWS_AT_ONCE, cells))) for a in range(0, cells, ROWS_AT_ONCE))
+            blocks: Iterator[sp.csr_matrix] = (
+                store.rows(np.arange(a, min(a + ROWS_AT_ONCE, cells))) for a in range(0, cells, ROWS_AT_ONCE)
+            )
         else:
             source = stack.enter_context(open_h5ad(data, counts, gene_ids))
             ids, symbols, cells, obs = source.gene_ids, source.symbols, source.n_cells, source.obs()
@@ -214,7 +219,9 @@ def embed_file(
 
 
 def _lines(out: Path, embeddings: np.ndarray, n_tokens: np.ndarray, covered: float) -> list[str]:
-    lines = [f"{out}: {len(embeddings):,} cells x {embeddings.shape[1]}; the file measures {covered:.0%} of the vocabulary"]
+    lines = [
+        f"{out}: {len(embeddings):,} cells x {embeddings.shape[1]}; the file measures {covered:.0%} of the vocabulary"
+    ]
     if empty := int((n_tokens == 0).sum()):
         lines.append(
             f"warning: {empty:,} cells have no gene of the vocabulary and are NaN; "
@@ -231,7 +238,9 @@ def _write(out: Path, data: Path, obs: pd.DataFrame, embeddings: np.ndarray, n_t
             with open(temporary, "wb") as file:
                 np.save(file, embeddings)
         elif out.suffix == ".parquet":
-            table = pd.DataFrame(embeddings, index=obs.index, columns=[f"{KEY}_{i}" for i in range(embeddings.shape[1])])
+            table = pd.DataFrame(
+                embeddings, index=obs.index, columns=[f"{KEY}_{i}" for i in range(embeddings.shape[1])]
+            )
             table.assign(**{COUNT: n_tokens}).to_parquet(temporary)
         else:
             _write_h5ad(temporary, data, obs, embeddings, n_tokens, facts)

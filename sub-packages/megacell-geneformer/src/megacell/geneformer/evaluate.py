@@ -57,7 +57,8 @@ class Evaluation:
         lines = [f"held-out loss in nats (± standard error over cells); {self.split}", head]
         for row in self.rows:
             losses = "".join(
-                f"{'not defined' if row[name] is None else '{:.3f} ± {:.3f}'.format(*row[name]):>26}" for name in PREDICTORS
+                f"{'not defined' if row[name] is None else '{:.3f} ± {:.3f}'.format(*row[name]):>26}"
+                for name in PREDICTORS
             )
             lines.append(f"{row['group'][:23]:24}{row['cells']:>8,}{row['masked_genes']:>10,}{losses}")
         return "\n".join(lines)
@@ -137,7 +138,9 @@ def _fit(stream: BatchStream, store: CellStore, model: Any) -> tuple[CountArithm
         tokens, bounds = gene_tokens(batch, vocabulary)
         if not reason:
             try:
-                arithmetic.add(tokens, _counts_of(store, batch.cells, tokens, bounds, token_of, vocabulary.size), bounds)
+                arithmetic.add(
+                    tokens, _counts_of(store, batch.cells, tokens, bounds, token_of, vocabulary.size), bounds
+                )
                 continue
             except DataError as error:
                 reason = str(error)
@@ -163,7 +166,9 @@ def _counts_of(
 
 
 @torch.inference_mode()
-def _losses(stream: BatchStream, model: Any, arithmetic: CountArithmetic, *, with_counts: bool) -> dict[str, np.ndarray]:
+def _losses(
+    stream: BatchStream, model: Any, arithmetic: CountArithmetic, *, with_counts: bool
+) -> dict[str, np.ndarray]:
     """Return for each masked gene its cell's global number and every predictor's loss."""
     from megacell.geneformer.model.bert import Pack
     from megacell.geneformer.training import device

@@ -81,7 +81,6 @@ def read_dictionary(path: str | Path, values: type[int] | type[float] | type[str
     DataError
         The file is absent, no pickle, holds anything but containers, strings and numbers (named), or
         not the dictionary that was asked for.
-
     """
     path = Path(path)
     if not path.is_file():
@@ -151,7 +150,6 @@ def import_geneformer(
     ------
     DataError
         A file holds something else, or belongs to another edition than the tokens.
-
     """
     paths = {
         "tokens": (tokens, int),

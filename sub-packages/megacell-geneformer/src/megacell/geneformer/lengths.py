@@ -36,7 +36,6 @@ def token_lengths(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
     -------
     np.ndarray, uint16 [cells]
         65,535 stands for that many or more.
-
     """
     path = cache_directory() / "lengths" / f"{store.digest}-{vocabulary.hash}.npy"
     lengths = _mapped(path, len(store))

@@ -49,7 +49,6 @@ class MaskSettings:
     ------
     UsageError
         A share outside 0…1, or mask + random above 1.
-
     """
 
     rate: float = 0.15
@@ -99,7 +98,6 @@ def stream_key(seed: int, epoch: int, stream: int) -> np.ndarray:
     ------
     UsageError
         The seed is not within 0 … 2^64 - 1.
-
     """
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed {seed}: give a whole number from 0 to 2^64 - 1")
@@ -168,7 +166,6 @@ def mask_cells(
     -------
     int
         How many were chosen.
-
     """
     (tokens, cu_lengths), (numbers, keys) = packed, cells
     thresholds, gene_tokens, is_gene, mask_token = rules

@@ -160,7 +160,6 @@ def gene_medians(
         NaN without enough cells. The mean of the two middle values where the number of cells is even.
     seen : np.ndarray, int64 [G]
         In how many of the cells each gene has a count.
-
     """
     n_genes, rows = len(store.gene_ids), _Rows(store, np.asarray(cells, np.int64))
     seen = np.zeros(n_genes, np.int64)
@@ -244,7 +243,6 @@ def build_vocabulary(
     ------
     DataError
         No cell or no gene is left.
-
     """
     settings = split or SplitSettings()
     sides = split_cells(store, settings)

@@ -62,7 +62,6 @@ def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
     Returns
     -------
     np.ndarray, int64 [m]
-
     """
     key = stream_key(seed, epoch, ORDER)
     words = [philox_words(np.array([r, 0, 0, 0], np.uint32), key)[:2] for r in range(ROUNDS)]
@@ -86,7 +85,6 @@ def global_batch(step: int, size: int, n: int, seed: int) -> tuple[np.ndarray, n
         two epochs.
     epochs : np.ndarray, int64 [size]
         The epoch of each.
-
     """
     positions = np.arange(step * size, (step + 1) * size, dtype=np.int64)
     epochs, within = positions // n, positions % n
@@ -121,7 +119,6 @@ def share_out(lengths: np.ndarray, bins: int) -> np.ndarray:
     np.ndarray, int64 [n]
         Bin of each cell: a function of ``lengths`` and ``bins`` alone (ties: earlier cell, lower bin). With n >= bins
         no bin stays empty.
-
     """
     lengths = np.asarray(lengths, np.int64)
     bin_of = np.empty(len(lengths), np.int64)
@@ -144,7 +141,6 @@ def micro_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     list of np.ndarray, int64
         The cells (0 … n - 1, ascending) of each micro-batch: ceil(tokens / budget) of them, or the next number for
         which the even shares fit.
-
     """
     lengths = np.asarray(lengths, np.int64)
     bins = -(-int(lengths.sum()) // budget)

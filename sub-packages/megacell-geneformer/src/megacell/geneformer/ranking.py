@@ -73,7 +73,6 @@ class RankEncoder:
     ------
     UsageError
         ``max_length`` leaves no room for a gene.
-
     """
 
     def __init__(
@@ -150,7 +149,6 @@ class RankEncoder:
             Cell after cell, specials included; a cell without a known gene has no token at all.
         cu_lengths : int64 [n + 1]
             Cell i is ``tokens[cu_lengths[i]:cu_lengths[i + 1]]``.
-
         """
         rows, n_tokens, get = (indptr, genes, counts), self.vocabulary.size, self._buffers.get
         stored, width = len(counts), int(np.diff(indptr).max(initial=0))
@@ -207,7 +205,6 @@ def rank_encode(
     ------
     DataError
         Negative counts, NaN or infinities; another number of genes than of columns.
-
     """
     if csr.shape[1] != len(gene_ids):
         raise DataError(f"rank_encode: {csr.shape[1]} columns but {len(gene_ids)} gene ids; give one id a column")

@@ -33,7 +33,6 @@ class SplitSettings:
     ------
     UsageError
         A share outside 0 … 1, or a seed outside 0 … 2^64 - 1.
-
     """
 
     by: str = "auto"
@@ -59,7 +58,6 @@ class Split:
         The level that was taken: a column of obs, "source" or "cell".
     line : str
         For the log: which level, why, how many cells.
-
     """
 
     train: np.ndarray
@@ -93,7 +91,6 @@ def split_cells(store: CellStore, settings: SplitSettings) -> Split:
         ``settings.by`` is no column of obs.
     DataError
         The level that was asked for has one group only, or groups that are too large.
-
     """
     forced = settings.by != "auto"
     if forced and settings.by not in (SOURCE, CELL, *store.obs_columns):

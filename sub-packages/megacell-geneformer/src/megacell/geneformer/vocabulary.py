@@ -56,7 +56,6 @@ class Vocabulary:
     ------
     DataError
         Any part does not fit the others.
-
     """
 
     name: str
@@ -83,7 +82,6 @@ class Vocabulary:
         ------
         DataError
             No vocabulary there, a newer format, or a file that has changed since it was written.
-
         """
         path = Path(path)
         for name in FILES:
@@ -127,7 +125,6 @@ class Vocabulary:
         ------
         UsageError
             ``path`` exists.
-
         """
         path = Path(path)
         refuse_existing(path)
@@ -229,7 +226,6 @@ class Vocabulary:
             Ensembl ids, with or without a version, or symbols.
         symbols : sequence of str [n], optional
             Consulted where an id is unknown and no other Ensembl id contradicts; "" where unknown.
-
         """
         rows = self._rows_of(gene_ids, symbols)
         return np.where(rows >= 0, self.tokens[rows], -1).astype(np.int32)
@@ -242,7 +238,6 @@ def refuse_existing(path: Path) -> None:
     ------
     UsageError
         ``path`` exists.
-
     """
     if path.exists() or path.is_symlink():
         raise UsageError(f"{path}: exists; give another --out or remove it first")
@@ -272,7 +267,6 @@ def check_coverage(
     ------
     DataError
         Under a quarter of the genes is measured; or genes match by name only after upper-casing (mouse symbols).
-
     """
     rows = vocabulary._rows_of(gene_ids, symbols)
     share = len(np.unique(rows[rows >= 0])) / len(vocabulary.gene_ids)

@@ -50,7 +50,6 @@ def canonical_rows(
         OR of NOT_FINITE, NEGATIVE, FRACTIONAL, TOO_LARGE, BAD_COLUMN over the kept values.
     row : int
         The first row with any of them but FRACTIONAL (else the first with that), -1 if there is none.
-
     """
     sums = np.zeros(n_genes, np.float64)
     bits = np.zeros((n_genes + 63) // 64, np.uint64)
@@ -122,7 +121,6 @@ def cell_hashes(indptr: Any, genes: Any, values: Any, gene_hashes: Any) -> Any:
     -------
     uint64 [rows]
         0 for a row without values.
-
     """
     hashes = np.zeros(len(indptr) - 1, np.uint64)
     bits = np.empty(1, np.float64)
@@ -149,7 +147,6 @@ def narrow(values: Any) -> tuple[Any, Any, Any]:
     counts : uint8 [nnz]
     positions : int64 [overflows]
     large : uint32 [overflows]
-
     """
     n = 0
     for k in range(len(values)):

@@ -40,7 +40,6 @@ class CellStore:
     generation : int
     digest : str
         XXH3-64 of the manifest's bytes, in hexadecimal: names the store's content.
-
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -61,7 +60,6 @@ class CellStore:
         ------
         DataError
             Not a store, a newer format, a damaged manifest or no such generation.
-
         """
         store = Path(path)
         return cls(store, Manifest.open(store, generation))
@@ -122,7 +120,6 @@ class CellStore:
         ------
         DataError
             A cell that does not exist, or a damaged shard.
-
         """
         indptr, genes, counts = self._gather(self._numbers(indices), np.dtype(np.int32))
         if indptr[-1] < 1 << 31:
@@ -140,7 +137,6 @@ class CellStore:
         genes : uint16 | uint32 [nnz]
             Ascending within a cell.
         counts : float32 [nnz]
-
         """
         narrow = np.dtype(np.uint16 if self.shape[1] <= 1 << 16 else np.uint32)
         return self._gather(self._numbers(indices), narrow)

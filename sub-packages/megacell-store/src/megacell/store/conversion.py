@@ -64,7 +64,6 @@ class ConversionReport:
         The sources that this conversion added.
     duplicates : list of Duplicates
         Exact copies of cells, by pair of sources, that this conversion brought.
-
     """
 
     path: Path
@@ -148,7 +147,6 @@ def convert(
         A file that is refused or changes meanwhile, or a store that is damaged or being written.
     UsageError
         Paths or options that do not fit.
-
     """
     options = Options(counts, gene_ids, species, allow_subset, allow_length_normalised, all_cells)
     say = log or (lambda _line: None)

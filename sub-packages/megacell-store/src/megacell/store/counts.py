@@ -30,7 +30,6 @@ class Verdict:
         "umi", "fractional" or "length-normalised"; "" if the values are no counts.
     reason : str
         Why not, in words that follow the name of the place.
-
     """
 
     kind: str
@@ -53,7 +52,6 @@ def judge(indptr: Array, values: Array) -> Verdict:
         From 0.
     values : float [nnz]
         Of genes only; canonical rows.
-
     """
     if not len(values):
         return Verdict("", "has no values above zero")

@@ -34,7 +34,6 @@ def find_duplicates(
         By number of the source.
     first_new : int
         Pairs of sources below this number are left out.
-
     """
     order = np.lexsort((source_of, hashes))
     hashes, source_of = hashes[order], source_of[order]

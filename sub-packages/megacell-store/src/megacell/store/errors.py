@@ -9,7 +9,6 @@ class MegacellError(Exception):
     ----------
     exit_code : int
         1 for bad data, 2 for wrong usage.
-
     """
 
     exit_code = 1

@@ -61,7 +61,6 @@ def locate(cells: Any, first: Any, table: Any) -> tuple[Any, Any, Any, int]:
         Position of a cell's values within its shard.
     bad : int
         -1, or the shard whose own indptr leads outside its values.
-
     """
     n = len(cells)
     indptr = np.zeros(n + 1, np.int64)
@@ -143,7 +142,6 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
     -------
     int
         -1, or the shard in which a gene number is too large or an overflow value is missing.
-
     """
     for i in range(len(shard_of)):
         shard, start = shard_of[i], start_of[i]

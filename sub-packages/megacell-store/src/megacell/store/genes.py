@@ -50,7 +50,6 @@ class Features:
         "ensembl" or "symbol".
     notes : list of str
         What was dropped or summed.
-
     """
 
     gene_ids: np.ndarray[Any, Any]
@@ -81,7 +80,6 @@ def read_features(var: pd.DataFrame, where: str, gene_ids: str = "auto", other: 
         No names of genes, or no feature that is a gene.
     UsageError
         A column that is not there.
-
     """
     texts = {"index": _clean(var.index)} | {str(c): _clean(var[c]) for c in var.columns if _is_text(var[c])}
     if gene_ids not in ("auto", *texts):

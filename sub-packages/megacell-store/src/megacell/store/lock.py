@@ -23,7 +23,6 @@ def writing(store: Path) -> Iterator[None]:
     ------
     DataError
         Another process, or one of another machine that cannot be asked, is writing.
-
     """
     lock = store / NAME
     mine = json.dumps({**_self(), "token": secrets.token_hex(8)}).encode()

@@ -74,7 +74,6 @@ class Source:
         "human", "mouse", …
     notes : tuple of str
         What was dropped, summed, assumed.
-
     """
 
     name: str
@@ -158,7 +157,6 @@ class Manifest:
         ------
         DataError
             Not JSON, another format, a newer version, a wrong checksum or fields that are not as the format says.
-
         """
         try:
             content = json.loads(text)
@@ -186,7 +184,6 @@ class Manifest:
         ------
         DataError
             No store there, no such generation, or a manifest that cannot be read.
-
         """
         manifest = cls._read(store, NAME)
         if generation is None or generation == manifest.generation:

@@ -124,7 +124,6 @@ def find_files(sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     ------
     UsageError
         A path that is not there, or nothing found.
-
     """
     given = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     found: dict[Path, Path] = {}

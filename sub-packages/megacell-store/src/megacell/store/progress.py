@@ -15,7 +15,6 @@ class Progress:
     ----------
     show : bool
         False never shows anything.
-
     """
 
     def __init__(self, *, show: bool) -> None:

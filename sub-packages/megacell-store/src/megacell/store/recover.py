@@ -27,7 +27,6 @@ def stored_precision(values: Array) -> float:
     ----------
     values : float [n]
         As they are stored.
-
     """
     exact = values.astype(np.float64)
     slack = _ulp(values)
@@ -67,7 +66,6 @@ def recover_rows(indptr: Any, values: Any, tolerance: Any) -> tuple[Any, int]:
     counts : float64 [nnz]
     row : int
         The first row without a proof, -1 if all have one.
-
     """
     counts = np.zeros(len(values), np.float64)
     for row in range(len(indptr) - 1):
@@ -128,7 +126,6 @@ def looks_scaled(indptr: Array, values: Array) -> bool:
         From 0.
     values : float64 [nnz]
         All above zero.
-
     """
     if (np.abs(values - np.round(values)) < 1e-6).mean() > 0.5:  # alevin's halves and thirds stand among whole counts
         return False

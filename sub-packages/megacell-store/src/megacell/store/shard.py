@@ -66,7 +66,6 @@ class ShardWriter:
         XXH3-64 of each gene id of the union table.
     fractional : bool
         True if counts need not be whole: they are kept as float32.
-
     """
 
     def __init__(self, store: Path, name: str, gene_hashes: np.ndarray[Any, Any], *, fractional: bool) -> None:
@@ -184,7 +183,6 @@ def map_array(path: Path, record: FileRecord | None) -> np.ndarray[Any, Any]:
     ------
     DataError
         Missing, of another size, type or shape than the manifest says.
-
     """
     if record is None:
         raise DataError(f"{path}: the manifest does not name it; run `megacell verify`")

@@ -54,7 +54,6 @@ def settle_species(
     ------
     DataError
         Several species, or another one than the store's.
-
     """
     expected = wanted or DEFAULT
     from_ids = _species_of_ids(gene_ids)

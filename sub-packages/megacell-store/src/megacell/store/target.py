@@ -23,7 +23,6 @@ def check_target(store: Path, *, append: bool) -> Manifest | None:
     ------
     UsageError
         Something else is there, or nothing to append to.
-
     """
     there = (store / NAME).exists()
     if append:

@@ -34,7 +34,6 @@ def verify(path: str | os.PathLike[str], advance: Callable[[int], None] = lambda
     ------
     DataError
         The manifest itself cannot be read, so nothing else can be judged.
-
     """
     store = Path(path)
     manifest = Manifest.open(store)

@@ -8,10 +8,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from megacell.geneformer.vocabulary import Vocabulary
-from megacell.store.errors import DataError
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import OmegaConf
+
+from megacell.geneformer.vocabulary import Vocabulary
+from megacell.store.errors import DataError
 
 VOCABULARY = "vocabulary"  # folder inside the archive
 
@@ -54,7 +55,6 @@ def read_archive(path: Path) -> tuple[dict, dict[str, torch.Tensor], Vocabulary]
     ------
     DataError
         If it is not a .nemo of ours, or damaged.
-
     """
     try:
         with tempfile.TemporaryDirectory() as folder:

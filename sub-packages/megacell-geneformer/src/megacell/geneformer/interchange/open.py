@@ -3,10 +3,11 @@
 
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store.errors import DataError, UsageError
-from omegaconf import OmegaConf
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -33,7 +34,6 @@ def open_model(path: Path):
     ------
     UsageError, DataError
         If there is no such model there, or it is damaged.
-
     """
     from megacell.geneformer.training import checkpoint, device
     from megacell.geneformer.training.module import GeneformerModel
@@ -63,7 +63,6 @@ def load_into(bert, network: ModelConfig, vocabulary: Vocabulary, path: Path) ->
     ------
     DataError
         If the model is of other sizes or another vocabulary.
-
     """
     from megacell.geneformer.interchange.nemo import read_archive
     from megacell.geneformer.model.init import copy_whole

@@ -4,6 +4,9 @@
 Shapes: T tokens of the pack, H heads of this tensor parallel rank, D size of a head.
 """
 
+from functools import partial
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -27,17 +30,15 @@ def _sequences(query, key, value, packed: PackedSeqParams, dropout: float):
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [H, T, D]
     cells = [
         F.scaled_dot_product_attention(q[None, :, a:b], k[None, :, a:b], v[None, :, a:b], dropout_p=dropout)
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        for a, b in pairwise(bounds)
     ]
     return torch.cat(cells, dim=2)[0].transpose(0, 1)
 
 
 def _nested(query, key, value, packed: PackedSeqParams, dropout: float):
     offsets, longest = packed.cu_seqlens_q.long(), packed.max_seqlen_q
-    q, k, v = (
-        torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
-        for x in (query, key, value)
-    )
+    jagged = partial(torch.nested.nested_tensor_from_jagged, offsets=offsets, min_seqlen=1, max_seqlen=longest)
+    q, k, v = (jagged(x.contiguous()).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()
 
 
@@ -71,7 +72,6 @@ class PackedAttention(MegatronModule):
         Returns
         -------
         Tensor [T, H * D]
-
         """
         dropout = self.dropout if self.training else 0.0
         attend = BACKENDS[choose_backend(query.device, query.dtype, dropout)]

@@ -7,11 +7,12 @@ Shapes: T tokens of the pack, M masked positions, V rows of this rank's part of 
 from dataclasses import dataclass
 
 import torch
-from megacell.geneformer.model.config import ModelConfig, megatron_config
-from megacell.geneformer.model.layers import layer_spec
 from megatron.core import tensor_parallel
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.packed_seq_params import PackedSeqParams
+
+from megacell.geneformer.model.config import ModelConfig, megatron_config
+from megacell.geneformer.model.layers import layer_spec
 
 
 @dataclass
@@ -27,7 +28,6 @@ class Pack:
     max_seqlen : int
     masked, labels : int64 [M]
         Positions in the pack that are predicted, and the genes that stood there.
-
     """
 
     tokens: torch.Tensor
@@ -56,7 +56,6 @@ class PackedBert(BertModel):
     tensor_parallel_size : int
         As the process groups stand.
     precision : {"fp32", "bf16"}
-
     """
 
     def __init__(self, model: ModelConfig, *, tensor_parallel_size: int = 1, precision: str = "fp32"):

@@ -31,7 +31,6 @@ class ModelConfig:
     ------
     UsageError
         Where the sizes do not fit each other.
-
     """
 
     layers: int
@@ -88,7 +87,6 @@ def megatron_config(model: ModelConfig, *, tensor_parallel: int = 1, precision: 
     tensor_parallel : int
     precision : {"fp32", "bf16"}
         Of the parameters and activations; the optimizer's own copy is float32 in either case.
-
     """
     import torch
     from megatron.core.transformer import TransformerConfig

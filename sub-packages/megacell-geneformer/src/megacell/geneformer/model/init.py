@@ -5,25 +5,31 @@ import hashlib
 import math
 
 import torch
-from megacell.geneformer.model.config import ModelConfig
 from megatron.core import parallel_state
+
+from megacell.geneformer.model.config import ModelConfig
 
 PADDING_BIAS = -1e4  # keeps the padded rows of the vocabulary out of every softmax; their gradient is exactly zero
 SCALED = ("linear_proj.weight", "linear_fc2.weight")  # output projections, scaled by depth as Megatron and GPT-2 do
 
 
+def _cut(parameter: torch.nn.Parameter) -> int | None:
+    """Return the dimension that tensor parallel ranks share out, None for a parameter that each has whole."""
+    return getattr(parameter, "partition_dim", None) if getattr(parameter, "tensor_model_parallel", False) else None
+
+
 def _whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+    if (cut := _cut(parameter)) is not None:
+        shape[cut] *= parallel_state.get_tensor_model_parallel_world_size()
     return tuple(shape)
 
 
 def _own_part(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-    if not getattr(parameter, "tensor_model_parallel", False):
+    if (cut := _cut(parameter)) is None:
         return whole
     parts = parallel_state.get_tensor_model_parallel_world_size()
-    return whole.chunk(parts, dim=parameter.partition_dim)[parallel_state.get_tensor_model_parallel_rank()]
+    return whole.chunk(parts, dim=cut)[parallel_state.get_tensor_model_parallel_rank()]
 
 
 def initialise(bert: torch.nn.Module, model: ModelConfig, seed: int, head_bias: torch.Tensor | None = None) -> None:
@@ -37,7 +43,6 @@ def initialise(bert: torch.nn.Module, model: ModelConfig, seed: int, head_bias: 
     head_bias : float tensor [vocabulary_size], optional
         Where the LM head's bias starts: the log of the genes' frequencies, so that the first loss is that of
         the frequency baseline and not log(vocabulary). Zeros without it.
-
     """
     for name, parameter in bert.named_parameters():
         shape = _whole_shape(parameter)

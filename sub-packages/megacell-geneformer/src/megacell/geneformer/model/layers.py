@@ -6,8 +6,9 @@ import copy
 
 def layer_spec():
     """Return the pre-LN layer as a Megatron-core ``ModuleSpec``."""
-    from megacell.geneformer.model.attention import PackedAttention
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+
+    from megacell.geneformer.model.attention import PackedAttention
 
     spec = copy.deepcopy(bert_layer_local_spec)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,11 +29,11 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}  # Megatron's fo
 
 
 class Signals:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the step in hand is finished and saved; a second Ctrl-C ends at once."""
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C: the step in hand is finished and saved; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def watch(self) -> None:
         """Take the signals over."""
@@ -74,7 +75,6 @@ def save(folder: Path, step: int, bert, optimizer, facts: dict, keep: int) -> Pa
         For ``checkpoint.json``: what the checkpoint belongs to.
     keep : int
         Newest checkpoints that stay.
-
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -147,7 +147,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Admits what torch's checkpoint ``.metadata`` is made of, and nothing that could run code."""
 
     ADMITTED = {
-        ("torch", name) for name in ("Size", "device", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8")
+        ("torch", name)
+        for name in ("Size", "device", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8")
     } | {
         ("torch.distributed.checkpoint.metadata", name)
         for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",

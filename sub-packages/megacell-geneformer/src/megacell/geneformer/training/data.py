@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from omegaconf import DictConfig
+
 from megacell.geneformer.baselines import TokenFrequency
 from megacell.geneformer.batches import BatchStream, MicroBatch
 from megacell.geneformer.lengths import token_lengths
@@ -13,7 +15,6 @@ from megacell.geneformer.split import Split, SplitSettings, split_cells
 from megacell.geneformer.vocabulary import Vocabulary, check_coverage
 from megacell.store import CellStore
 from megacell.store.errors import DataError
-from omegaconf import DictConfig
 
 PACK_MULTIPLE = 64  # a pack's length is a multiple of it times the tensor parallel size
 
@@ -34,7 +35,6 @@ class TrainingData:
         Global cell numbers; cells without a known gene are left out.
     lines : list of str
         What a user should know: coverage, split, cells left out.
-
     """
 
     store: CellStore
@@ -145,4 +145,4 @@ def frequency_losses(frequency: TokenFrequency, data: TrainingData) -> dict[str,
 
 def save_frequencies(frequency: TokenFrequency, path: Path) -> None:
     """Keep the fitted tables in the run folder."""
-    np.savez_compressed(path, **frequency.to_arrays())
+    np.savez_compressed(path, allow_pickle=False, **frequency.to_arrays())

@@ -69,8 +69,8 @@ def megatron() -> Iterator[None]:
     """Run Megatron-core's code inside on this machine's device; on a machine with a GPU it changes nothing."""
     with contextlib.ExitStack() as stack:
         if not torch.cuda.is_available():
-            stack.enter_context(mock.patch("torch.cuda.current_device", lambda: torch.device("cpu")))
-            stack.enter_context(mock.patch("torch.cuda.synchronize", lambda *args, **kwargs: None))
+            stack.enter_context(mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")))
+            stack.enter_context(mock.patch("torch.cuda.synchronize", return_value=None))
             stack.enter_context(_CudaOnCpu())
         stack.enter_context(warnings.catch_warnings())
         for message in _NOISE:

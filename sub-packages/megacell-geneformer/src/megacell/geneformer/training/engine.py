@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from megacell.geneformer.model.bert import Pack, PackedBert
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from omegaconf import DictConfig
+
+from megacell.geneformer.model.bert import Pack, PackedBert
 
 
 @dataclass
@@ -34,16 +35,13 @@ class Engine:
         ``optim``, ``precision`` and ``steps`` of a run.
     bert : PackedBert
         With its initial weights.
-
     """
 
     def __init__(self, cfg: DictConfig, bert: PackedBert):
-        overlap = torch.cuda.is_available() and parallel_state.get_data_parallel_world_size() > 1
         config = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
+            overlap_grad_reduce=parallel_state.get_data_parallel_world_size() > 1,
         )
         self.bert = bert
         self.ddp = DistributedDataParallel(bert.config, config, bert)
@@ -52,8 +50,6 @@ class Engine:
         bert.config.no_sync_func = self.ddp.no_sync
         bert.config.grad_scale_func = self.optimizer.scale_loss
         bert.config.finalize_model_grads_func = finalize_model_grads
-        if overlap:
-            bert.config.param_sync_func = self.ddp.start_param_sync
 
     def train_step(self, packs: list[Pack]) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of one global batch.

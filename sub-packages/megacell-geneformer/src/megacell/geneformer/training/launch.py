@@ -24,6 +24,11 @@ def world_size(devices: int) -> int:
     return max(devices, int(os.environ.get("SLURM_NTASKS", "1")))
 
 
+def is_first() -> bool:
+    """Return whether this process is the run's rank 0 (or its launcher)."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
 def end_with_parent() -> None:
     """Have the kernel end this process when its parent dies, so that a killed run leaves none behind (Linux)."""
     if sys.platform == "linux":

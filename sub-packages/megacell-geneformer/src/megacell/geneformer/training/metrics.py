@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import torch
-from megacell.geneformer.batches import MicroBatch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megacell.geneformer.batches import MicroBatch
 
 COLUMNS = (
     "step", "loss", "grad_norm", "lr", "masked_tokens", "tokens_per_second", "data_wait", "memory_gib",
@@ -103,7 +104,8 @@ class Screen:
             TextColumn("{task.fields[figures]}"),
             console=self.console, disable=not shown or not self.console.is_terminal, transient=True,
         )  # fmt: skip
-        self.task = self.bar.add_task("training", total=steps, figures="")
+        self.figures = ""
+        self.task = self.bar.add_task("training", total=steps, figures=self.figures)
 
     def line(self, text: str) -> None:
         """Print one line."""
@@ -116,7 +118,8 @@ class Screen:
 
     def advance(self, step: int, figures: str | None = None) -> None:
         """Move the bar."""
-        self.bar.update(self.task, completed=step, **({} if figures is None else {"figures": figures}))
+        self.figures = self.figures if figures is None else figures
+        self.bar.update(self.task, completed=step, figures=self.figures)
 
     def stop(self) -> None:
         """Take the bar away."""

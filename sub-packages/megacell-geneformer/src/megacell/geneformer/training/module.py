@@ -2,17 +2,19 @@
 """The network under NeMo: a ModelPT whose training step is one optimizer step over a list of micro-batches."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from nemo.core import ModelPT
+from nemo.utils.app_state import AppState
+from omegaconf import DictConfig
+
 from megacell.geneformer.batches import MicroBatch
 from megacell.geneformer.interchange.nemo import NemoArchive
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.training import device
 from megacell.geneformer.vocabulary import Vocabulary
-from nemo.core import ModelPT
-from nemo.utils.app_state import AppState
-from omegaconf import DictConfig, OmegaConf
 
 TARGET = "nemo.core.classes.modelPT.ModelPT"  # NeMo 3 refuses a .nemo whose target lies outside its own packages
 
@@ -25,17 +27,17 @@ class GeneformerModel(ModelPT):
     cfg : DictConfig
         ``model`` (the sizes of ``ModelConfig``), ``precision``.
     trainer : lightning.pytorch.Trainer, optional
-    run : megacell.geneformer.training.pretrain.Run, optional
+    run : megacell.geneformer.training.run.Run, optional
         What a training run adds: data, checkpoints, metrics.
-
     """
 
     def __init__(self, cfg: DictConfig, trainer=None, run=None):
-        cfg = OmegaConf.create({**OmegaConf.to_container(cfg, resolve=True), "target": TARGET})
+        cfg = DictConfig({**dict(cfg), "target": TARGET})
         super().__init__(cfg, trainer)
         self.automatic_optimization = False
-        self.sizes = ModelConfig.of(OmegaConf.to_container(cfg.network))
-        self.bert = self.engine = None
+        self.sizes = ModelConfig.of(dict(cfg.network))
+        self.bert: Any = None
+        self.engine: Any = None
         self.vocabulary = None
         self.run = run
         if trainer is None:
@@ -65,7 +67,7 @@ class GeneformerModel(ModelPT):
 
     @classmethod
     def restore_from(cls, restore_path: str, *args, save_restore_connector=None, **kwargs) -> "GeneformerModel":
-        """Restore a .nemo file in this one process, as NeMo's ``ModelPT.restore_from``; the vocabulary comes with it."""
+        """Restore a .nemo file in this one process, as NeMo's ``ModelPT.restore_from``, with its vocabulary."""
         from megacell.geneformer.interchange.nemo import check_archive
 
         check_archive(Path(restore_path))
@@ -81,8 +83,8 @@ class GeneformerModel(ModelPT):
         self.engine = Engine(self.run.cfg, self.bert)
 
     def ready(self) -> None:
-        """Load the checkpoint that the run goes on from; called once DDP and the optimizer stand."""
-        self.run.restore(self)
+        """Let the run begin; called once DDP and the optimizer stand."""
+        self.run.begin(self)
 
     def train_dataloader(self):
         """Return this rank's steps that are still to be done."""
@@ -96,20 +98,16 @@ class GeneformerModel(ModelPT):
         return [Pack.of(micro_batch, where) for micro_batch in batch]
 
     def training_step(self, packs, index: int) -> None:
-        """One optimizer step; sums of loss and counts are reduced over the ranks once."""
-        run = self.run
-        device.seed_step(run.cfg.seed, run.step)
-        result = self.engine.train_step(packs)
-        run.step += 1
-        # Lightning counts steps by its own optimizers; this is where it looks
-        self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = run.step
-        run.after_step(self, result)
+        """One optimizer step, and what the run does after it."""
+        device.seed_step(self.run.cfg.seed, self.run.step)
+        self.run.after_step(self, self.engine.train_step(packs))
 
     @torch.no_grad()
     def held_out_loss(self) -> tuple[float, int]:
         """Return the mean loss in nats over the held-out cells' masked genes, and their number; over all ranks."""
-        from megacell.geneformer.model.bert import Pack
         from megatron.core import parallel_state
+
+        from megacell.geneformer.model.bert import Pack
 
         self.bert.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)

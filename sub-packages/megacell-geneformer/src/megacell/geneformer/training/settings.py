@@ -3,11 +3,13 @@
 
 from pathlib import Path
 
-from megacell.geneformer.model.config import PRECISIONS, ModelConfig
-from megacell.store.errors import UsageError
 from omegaconf import DictConfig, OmegaConf
 
+from megacell.geneformer.model.config import PRECISIONS, ModelConfig
+from megacell.store.errors import UsageError
+
 SAVED = "config.yaml"  # in the run folder: what the run was started with
+KEPT = ("seed", "batch.cells", "model", "data", "init")  # what makes a run the run that it is
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -36,7 +38,6 @@ def compose(overrides: list[str]) -> DictConfig:
     ------
     UsageError
         For an unknown option, a missing or malformed value, or sizes that do not fit.
-
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -49,15 +50,8 @@ def compose(overrides: list[str]) -> DictConfig:
         if cfg.resume and OmegaConf.is_missing(cfg, "out"):
             raise UsageError("resume=true needs out=RUN, the run to go on with")
         if cfg.resume and (saved := Path(cfg.out) / SAVED).is_file():
-            kept = OmegaConf.load(saved)
-            given = [o for o in overrides if _key(o) not in ("resume", "out")]
-            groups = [_key(o) for o in given if (config_dir() / _key(o)).is_dir()]
-            if groups:
-                raise UsageError(
-                    f"{groups[0]}=…: a run that goes on keeps its {groups[0]}; start a new one with init={cfg.out}"
-                )
-            cfg = OmegaConf.merge(kept, OmegaConf.from_dotlist(given), {"resume": True, "out": cfg.out})
-        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+            cfg = _resumed(cfg, saved, overrides)
+        cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
         raise UsageError(f"{error.full_key}=… must be given") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -66,6 +60,19 @@ def compose(overrides: list[str]) -> DictConfig:
     OmegaConf.set_struct(cfg, True)
     _check(cfg)
     return cfg
+
+
+def _resumed(cfg: DictConfig, saved: Path, overrides: list[str]) -> DictConfig:
+    """Return what a run was started with, with what was given anew; refuse what would make it another run."""
+    given = [o for o in overrides if _key(o) not in ("resume", "out")]
+    for key in map(_key, given):
+        if key.split(".")[0] in KEPT or key in KEPT or (config_dir() / key).is_dir():
+            raise UsageError(f"{key}=…: a run that goes on keeps it; start a new one, with init={cfg.out}")
+    merged = OmegaConf.merge(
+        cfg, OmegaConf.load(saved), OmegaConf.from_dotlist(given), {"resume": True, "out": cfg.out}
+    )
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _check(cfg: DictConfig) -> None:
@@ -86,16 +93,15 @@ def _check(cfg: DictConfig) -> None:
 
 def model_config(cfg: DictConfig, vocabulary_size: int) -> ModelConfig:
     """Return the network that the settings describe, for a vocabulary of this size."""
-    sizes = OmegaConf.to_container(cfg.model)
-    assert isinstance(sizes, dict)
-    return ModelConfig.of({**sizes, "vocabulary_size": vocabulary_size})
+    return ModelConfig.of({**dict(cfg.model), "vocabulary_size": vocabulary_size})
 
 
 def check_ranks(cfg: DictConfig, ranks: int) -> None:
     """Raise UsageError if the settings cannot be spread over this many ranks."""
     if ranks % cfg.parallel.tensor:
         raise UsageError(
-            f"parallel.tensor={cfg.parallel.tensor} does not divide the {ranks} rank(s): set devices={cfg.parallel.tensor} or a multiple"
+            f"parallel.tensor={cfg.parallel.tensor} does not divide the {ranks} rank(s): "
+            f"set devices={cfg.parallel.tensor} or a multiple"
         )
     copies = ranks // cfg.parallel.tensor
     if cfg.batch.cells < copies:

@@ -4,6 +4,7 @@
 import contextlib
 
 from lightning.pytorch.strategies import DDPStrategy
+
 from megacell.geneformer.training import device
 
 
@@ -14,7 +15,6 @@ class MegatronStrategy(DDPStrategy):
     ----------
     tensor_parallel : int
         Ranks that one copy of the network is cut over.
-
     """
 
     def __init__(self, tensor_parallel: int, **kwargs):

@@ -64,7 +64,6 @@ def open_matrix(node: Any, place: str, n_rows: int | None = None, n_columns: int
     ------
     DataError
         An encoding that is not known, or a shape that does not fit obs and var.
-
     """
     if isinstance(node, h5py.Dataset):
         matrix: Matrix = Dense(node, place)

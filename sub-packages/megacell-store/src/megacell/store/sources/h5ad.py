@@ -48,7 +48,6 @@ class H5adSource:
         What was dropped, summed or found ambiguous.
     stated_species : set of str
         What organism columns say.
-
     """
 
     def __init__(self, file: h5py.File, path: Path, obs: pd.DataFrame, choice: Choice, stated: set[str]) -> None:
@@ -93,7 +92,6 @@ class H5adSource:
         ------
         DataError
             The file is damaged, or has values that are no counts of the source's kind.
-
         """
         numbers = np.arange(len(self.gene_ids), dtype=np.int32)
         for indptr, genes, values in self.canonical(numbers, len(numbers), rows=rows):
@@ -123,7 +121,6 @@ class H5adSource:
             Rows to yield.
         rows : int
             At most so many at a time.
-
         """
         choice = self._choice
         gene_of = np.where(choice.features.gene_of >= 0, numbers[choice.features.gene_of], -1).astype(np.int32)
@@ -200,7 +197,6 @@ def open_h5ad(
         Not an .h5ad file, damaged, empty, or without counts where they were looked for.
     UsageError
         No such file, layer or column.
-
     """
     path = Path(path)
     if not path.is_file():

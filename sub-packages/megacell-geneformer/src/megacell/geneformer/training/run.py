@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run as the module meets it: its data, initial weights, steps, figures, checkpoints and end."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from omegaconf import DictConfig, OmegaConf
+
+from megacell.geneformer.baselines import TokenFrequency, frequency_log_prior
+from megacell.geneformer.batches import BatchStream, MicroBatch, Prefetched
+from megacell.geneformer.interchange.open import load_into
+from megacell.geneformer.model.attention import choose_backend
+from megacell.geneformer.model.bert import PackedBert
+from megacell.geneformer.model.init import initialise
+from megacell.geneformer.training import checkpoint, launch, settings
+from megacell.geneformer.training.data import TrainingData, fit_frequencies, frequency_losses, save_frequencies
+from megacell.geneformer.training.engine import StepResult
+from megacell.geneformer.training.metrics import SUMS, Measure, MetricsFile, Screen
+from megacell.store.errors import DataError
+
+
+class Run:
+    """The run of one rank. Rank 0 also writes the run folder and the terminal.
+
+    Attributes
+    ----------
+    cfg : DictConfig
+    data : TrainingData
+    network : ModelConfig
+    step : int
+        Optimizer steps done.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg, self.out, self.first = cfg, Path(cfg.out), launch.is_first()
+        self.data = TrainingData.open(cfg)
+        self.network = settings.model_config(cfg, self.data.vocabulary.size)
+        self.step = 0
+        self.stopped = False
+        self.baselines: dict[str, float] = {}
+        self.measure = Measure()
+        self.signals = checkpoint.Signals()
+        self.screen = Screen(cfg.steps, shown=self.first)
+        if self.first:
+            self._make_folder()
+        for line in self.data.lines:
+            self.screen.line(line)
+
+    def _make_folder(self) -> None:
+        """Keep beside the run what it needs to be resumed, exported and understood."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.cfg.resume:
+            shutil.copytree(self.cfg.vocabulary, self.out / "vocabulary", dirs_exist_ok=True)
+            whole = {name: str(Path(self.cfg[name]).resolve()) for name in ("store", "vocabulary")}
+            OmegaConf.save(OmegaConf.merge(self.cfg, whole, {"resume": False}), self.out / settings.SAVED)
+
+    @cached_property
+    def frequency(self) -> TokenFrequency:
+        """The frequency baselines, fitted on training cells; the same on every rank."""
+        return fit_frequencies(self.data, self.cfg.data.baseline_cells)
+
+    # before the first step
+
+    def fill(self, bert: PackedBert) -> None:
+        """Give the network its initial weights."""
+        if self.cfg.init and not self.cfg.resume:
+            load_into(bert, self.network, self.data.vocabulary, Path(self.cfg.init))
+            return
+        bias = torch.from_numpy(frequency_log_prior(self.frequency)).float() if self.cfg.data.head_bias else None
+        initialise(bert, self.network, self.cfg.seed, bias)
+
+    def begin(self, module) -> None:
+        """Go on from the newest whole checkpoint, or from step 0; network, optimizer and process groups stand."""
+        if self.cfg.resume:
+            self._load_newest(module)
+        self.facts = self._facts()
+        if self.first:
+            (self.out / "checkpoints").mkdir(exist_ok=True)
+            self.metrics = MetricsFile(self.out / "metrics.csv", self.step)
+            save_frequencies(self.frequency, self.out / "baselines.npz")
+            self.baselines = frequency_losses(self.frequency, self.data)
+            self.screen.line(
+                f"held-out baselines over {self.baselines['masked_genes']:,} masked genes: gene frequency "
+                f"{self.baselines['frequency']:.3f} nats, frequency at that rank {self.baselines['rank_frequency']:.3f}"
+            )
+        self._describe(module)
+        self.signals.watch()
+        self.screen.start(self.step)
+
+    def _load_newest(self, module) -> None:
+        path, lines = checkpoint.newest(self.out / "checkpoints")
+        for line in lines:
+            self.screen.line(line)
+        if path is None:
+            self.screen.line(f"{self.out}: no whole checkpoint yet: starting from step 0")
+            return
+        facts = checkpoint.read_facts(path)
+        if facts["vocabulary"] != self.data.vocabulary.hash:
+            raise DataError(f"{path}: was trained with another vocabulary than {self.cfg.vocabulary}")
+        if facts["store"]["digest"] != self.data.store.digest:
+            raise DataError(f"{path}: {self.cfg.store} is no longer the store that the run was started on")
+        checkpoint.load(path, module.bert, module.engine.optimizer)
+        self.step = facts["step"]
+        module.engine.scheduler.step(self.step)
+        self._tell_lightning(module)
+        self.screen.line(f"resuming at step {self.step} from {path}")
+
+    def _facts(self) -> dict:
+        """Return what a checkpoint says of itself."""
+        store, cfg = self.data.store, self.cfg
+        return {
+            "network": self.network.to_dict(),
+            "precision": cfg.precision,
+            "vocabulary": self.data.vocabulary.hash,
+            "store": {
+                "path": str(Path(cfg.store).resolve()),
+                "generation": store.generation,
+                "digest": store.digest,
+                "cells": len(store),
+            },
+            "data": {
+                "split": asdict(self.data.settings),
+                "masking": OmegaConf.to_container(cfg.data.masking),
+                "seed": cfg.seed,
+            },
+            "ranks": {"world": dist.get_world_size(), "tensor": cfg.parallel.tensor},
+            "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
+        }
+
+    def _describe(self, module) -> None:
+        size = sum(p.numel() for p in module.bert.parameters())
+        parameter = next(module.bert.parameters())
+        dropout = self.cfg.model.attention_dropout
+        copies = parallel_state.get_data_parallel_world_size()
+        self.screen.line(
+            f"model: {size:,} parameters a rank, {self.cfg.precision}; {copies} data x {self.cfg.parallel.tensor} "
+            f"tensor parallel on {parameter.device.type}; attention: "
+            f"{choose_backend(parameter.device, parameter.dtype, dropout)}, dropout {dropout}"
+        )
+
+    # its batches
+
+    def steps(self) -> Prefetched:
+        """Return this rank's micro-batches, a step at a time, from where the run stands."""
+        stream = self._stream()
+        self.prefetched = stream.prefetched(self.step, self.cfg.steps, depth=self.cfg.data.prefetch)
+        return self.prefetched
+
+    def held_out(self) -> Iterator[list[MicroBatch]]:
+        """Yield this rank's share of the held-out cells."""
+        stream = self._stream(held_out=True)
+        return (stream.step(k) for k in range(stream.steps_per_epoch))
+
+    def _stream(self, *, held_out: bool = False) -> BatchStream:
+        return self.data.stream(
+            held_out=held_out,
+            rank=parallel_state.get_data_parallel_rank(),
+            ranks=parallel_state.get_data_parallel_world_size(),
+            tensor=self.cfg.parallel.tensor,
+        )
+
+    # after each step
+
+    def after_step(self, module, result: StepResult) -> None:
+        """Count the step, log, validate, save, and stop where a signal asked for it; on all ranks alike."""
+        self.step += 1
+        self._tell_lightning(module)
+        self._reduce(module, result)
+        done = self.step >= self.cfg.steps
+        row: dict[str, float] = {}
+        if self.step % self.cfg.log_every == 0 or done or self.stopped:
+            figures = self.measure.window(self.prefetched.wait_seconds)
+            row = {"step": self.step, **figures, "grad_norm": result.grad_norm, "lr": result.lr}
+        paused = time.perf_counter()
+        if self.step % self.cfg.validation.every == 0 or done:
+            row.setdefault("step", self.step)
+            row["held_out_loss"], _ = module.held_out_loss()
+        if self.step % self.cfg.checkpoint.every == 0 or done or self.stopped:
+            folder, keep = self.out / "checkpoints", self.cfg.checkpoint.keep
+            checkpoint.save(folder, self.step, module.bert, module.engine.optimizer, self.facts, keep)
+        self.measure.pause(time.perf_counter() - paused)
+        if self.first:
+            self._tell(module, row)
+        module.trainer.should_stop = module.trainer.should_stop or self.stopped
+
+    def _tell_lightning(self, module) -> None:
+        """Set Lightning's count of steps, which it takes from optimizers that it drives itself."""
+        module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.step
+
+    def _reduce(self, module, result: StepResult) -> None:
+        """Sum the step's figures over data parallel ranks; agree over all ranks whether to stop."""
+        mine = (result.loss_sum, result.masked, self.measure.tokens, self.measure.cells)
+        totals = torch.tensor([*mine, self.signals.received is not None], dtype=torch.float64, device=module.device)
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(totals[-1], group=parallel_state.get_tensor_model_parallel_group())
+        sums = dict(zip(SUMS, totals.tolist(), strict=True))
+        self.stopped = bool(sums["stop"])
+        self.measure.add(sums)
+
+    def _tell(self, module, row: dict[str, float]) -> None:
+        figures = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s" if "loss" in row else None
+        self.screen.advance(self.step, figures)
+        if not row:
+            return
+        self.metrics.write(row)
+        if module.logger is not None:
+            module.logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=self.step)
+        if "held_out_loss" in row:
+            self.screen.line(
+                f"step {self.step}: held-out loss {row['held_out_loss']:.3f} nats (gene frequency "
+                f"{self.baselines['frequency']:.3f}, at that rank {self.baselines['rank_frequency']:.3f})"
+            )
+
+    def finish(self) -> int:
+        """Close everything; returns the exit code."""
+        self.screen.stop()
+        self.signals.release()
+        finished = self.step >= self.cfg.steps
+        if self.first:
+            self.metrics.close()
+            summary = {"step": self.step, "finished": finished, **self.baselines}
+            (self.out / "summary.json").write_text(json.dumps(summary, indent=1))
+        if finished:
+            return 0
+        again = f"megacell pretrain out={self.out} resume=true"
+        self.screen.line(f"stopped by a signal at step {self.step}, after a save; to go on: {again}")
+        return launch.INTERRUPTED
