@@ -19,7 +19,7 @@ from megacell.geneformer.count_arithmetic import CountArithmetic
 from megacell.geneformer.lengths import token_lengths
 from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.split import SplitSettings, split_cells
-from megacell.geneformer.training.data import gene_tokens, masked_ranks
+from megacell.geneformer.training.data import gene_tokens, masked_ranks, some_of
 from megacell.geneformer.vocabulary import check_coverage
 from megacell.store import CellStore
 from megacell.store.errors import DataError, UsageError
@@ -96,9 +96,9 @@ def evaluate(model_path: Path, store_path: Path, *, by: str | None = None, cells
     if not len(train) or not len(held_out):
         raise DataError(f"{store_path}: no cells held out, or none left to fit baselines on ({split.line})")
     streams = _Streams(store, model, lengths, data)
-    train = np.random.default_rng(data.seed).permutation(train)[:FITTED_CELLS]
-    arithmetic, reason = _fit(streams.of(np.sort(train)), store, model)
-    held_out = held_out[:cells]
+    train = some_of(train, FITTED_CELLS, data.seed)
+    arithmetic, reason = _fit(streams.of(train), store, model)
+    held_out = some_of(held_out, cells, data.split.seed)
     losses = _losses(streams.of(held_out), model, arithmetic, with_counts=not reason)
     line = f"{split.line}; count arithmetic is not defined here: {reason}" if reason else split.line
     groups = {"all": np.ones(len(losses["cell"]), bool)}

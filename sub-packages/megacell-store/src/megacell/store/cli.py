@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 
 from megacell.store.errors import MegacellError
 
+INTERNAL_ERROR = 70  # exit code, sysexits' EX_SOFTWARE
 COMMANDS = "megacell.commands"  # entry-point group: functions that take argparse's sub-parsers and add their own
 
 
@@ -24,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return its exit code: 0, 1 for bad data, 2 for wrong usage, 130 for Ctrl-C.
+    """Run one sub-command and return its exit code: 0, 1 for bad data, 2 for wrong usage, 70 for a defect,
+    130 for Ctrl-C.
 
     A sub-parser names its function with ``set_defaults(run=…)``; with ``overrides=True`` it receives the
     arguments that argparse does not know (Hydra's) as ``args.overrides``.
@@ -57,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"megacell {args.command}: error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:  # a defect of ours, or of a library: the traceback is asked for with --debug
+        if debug:
+            raise
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"megacell {args.command}: internal error: {text}; --debug shows where", file=sys.stderr)
+        return INTERNAL_ERROR
 
 
 if __name__ == "__main__":

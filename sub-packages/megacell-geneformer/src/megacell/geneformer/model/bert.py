@@ -69,6 +69,8 @@ class PackedBert(BertModel):
             parallel_output=True,
             add_binary_head=False,
         )
+        if precision == "bf16":
+            self.bfloat16()  # norms and positions too, which are plain torch modules
 
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
         return "b1ss"  # unused: the parent raises for any attention but its own where Transformer Engine is absent

@@ -25,6 +25,13 @@ def split_settings(vocabulary: Vocabulary, **given) -> SplitSettings:
     return SplitSettings(**{**built, **{k: v for k, v in given.items() if v is not None}})
 
 
+def some_of(cells: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Return at most ``most`` of the cells, drawn by ``seed`` from all of them, in their order."""
+    if len(cells) <= most:
+        return cells
+    return np.sort(np.random.default_rng(seed).choice(cells, most, replace=False))
+
+
 @dataclass
 class TrainingData:
     """The data of one run, the same on every rank.
@@ -72,7 +79,7 @@ class TrainingData:
             raise DataError(
                 f"{cfg.store}: no cells left to train on or to hold out; change data.split or the vocabulary"
             )
-        validation = validation[: cfg.validation.cells] if len(validation) > cfg.validation.cells else validation
+        validation = some_of(validation, cfg.validation.cells, settings.seed)
         return cls(store, vocabulary, split, settings, lengths, train, validation, lines, cfg, cfg.model.max_length)
 
     def stream(self, *, held_out: bool = False, rank: int = 0, ranks: int = 1, tensor: int = 1) -> BatchStream:
