@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the tests that cross sub-packages."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # jobs.py and ranks.py, also in the ranks' own processes
 
 from ranks import Ranks
+from runs import TINY, fine
+
+STEPS = 12
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +29,57 @@ def one_rank():
     pool = Ranks(1)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of the session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGACELL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real cells and published dictionaries."""
+    folder = Path(os.environ.get("MEGACELL_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}: set MEGACELL_TEST_DATA to the folder that holds cells/ and geneformer/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """The folder of what the session's commands make."""
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture(scope="session")
+def store(data, made) -> Path:
+    """All real cells."""
+    fine("convert", data / "cells", "--out", made / "store")
+    return made / "store"
+
+
+@pytest.fixture(scope="session")
+def vocabulary(store, made) -> Path:
+    """Of the real cells that are not held out, one in ten by cell: all cell types are on both sides."""
+    fine("vocabulary", "build", store, "--out", made / "vocabulary", "--split-by", "cell")
+    return made / "vocabulary"
+
+
+def _train(store: Path, vocabulary: Path, out: Path, *settings: str) -> tuple[Path, str]:
+    given = (*TINY, f"steps={STEPS}", "validation.every=6", "checkpoint.every=5", "devices=2", *settings)
+    return out, fine("pretrain", f"store={store}", f"vocabulary={vocabulary}", f"out={out}", *given)
+
+
+@pytest.fixture(scope="session")
+def copies(store, vocabulary, made) -> tuple[Path, str]:
+    """A run of two data parallel ranks, and what it printed."""
+    return _train(store, vocabulary, made / "copies")
+
+
+@pytest.fixture(scope="session")
+def halves(store, vocabulary, made) -> tuple[Path, str]:
+    """A run of two tensor parallel ranks, and what it printed."""
+    return _train(store, vocabulary, made / "halves", "parallel.tensor=2")
