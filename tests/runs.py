@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`megacell` as a user runs it, in processes of its own, and what its runs leave behind."""
 
+import contextlib
 import csv
+import io
 import os
 import subprocess
 import sys
@@ -12,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 TINY = (
-    "model.hidden=32", "model.ffn=64", "model.heads=4", "model.max_length=128", "batch.cells=8", "validation.cells=24",
-    "data.baseline_cells=64", "log_every=1", "logger=csv",
+    "model.hidden=32", "model.ffn=64", "model.heads=4", "model.max_length=128", "model.hidden_dropout=0", "batch.cells=8",
+    "validation.cells=24", "data.baseline_cells=64", "log_every=1", "logger=csv",
 )  # fmt: skip
 WAIT = 240  # seconds for a command; one that hangs fails the test
 MARK = "MEGACELL_TEST_FAMILY"  # in the environment of a command and of all that it starts
@@ -81,6 +83,19 @@ def tensors(checkpoint: Path) -> dict[str, np.ndarray]:
 
         found = dist_checkpointing.load_plain_tensors(str(checkpoint))
         return {name: tensor.numpy() for name, tensor in found.items() if hasattr(tensor, "numpy")}
+
+
+def here(*words: object) -> tuple[int, str, str]:
+    """Run a command in this process, which has paid for its imports; return exit code, stdout and stderr."""
+    from megacell.store.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:  # argparse's way to refuse
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:
