@@ -59,7 +59,7 @@ class StoreInMemory:
     def obs_column(self, name):
         return self.obs[name]
 
-    def gather(self, cells):
+    def gather(self, cells, empty=None):
         block = self.matrix[np.asarray(cells)]
         block.sort_indices()
         return block.indptr.astype(np.int64), block.indices.astype(np.uint16), block.data

@@ -265,7 +265,7 @@ class TestPrefetching:
         poisoned = int(working.step(2)[1].cells[0])
         gather = store.gather
 
-        def fail(cells):
+        def fail(cells, **_):
             if poisoned in cells:
                 raise OSError("unreadable page")
             return gather(cells)
@@ -281,7 +281,7 @@ class TestPrefetching:
     def test_waiting_is_measured(self, stream, store, monkeypatch):
         gather = store.gather
 
-        def slow(cells):
+        def slow(cells, **_):
             time.sleep(0.05)
             return gather(cells)
 
@@ -296,7 +296,7 @@ class TestPrefetching:
     def test_steps_are_made_ahead(self, stream, store, monkeypatch):
         made = []
         gather = store.gather
-        monkeypatch.setattr(store, "gather", lambda cells: made.append(len(cells)) or gather(cells))
+        monkeypatch.setattr(store, "gather", lambda cells, **_: made.append(len(cells)) or gather(cells))
         working = stream(token_budget=1000)
         made.clear()
         with working.prefetched(0, depth=3):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megacell.geneformer.buffers import Pool, WorkingRoom
 from megacell.geneformer.compiling import compiled
 from megacell.geneformer.masking import TRAINING, VALIDATION, MaskSettings, mask_cells, stream_key
 from megacell.geneformer.order import global_batch, micro_batches, share_out
@@ -83,6 +84,11 @@ class Packer:
         is_gene = np.zeros(vocabulary.size, bool)
         is_gene[vocabulary.gene_tokens] = True
         self._rules = masking.thresholds(), vocabulary.gene_tokens, is_gene, vocabulary.specials["mask"]
+        self._work, self._pool = WorkingRoom(), Pool()
+
+    def gather(self, store: CellStore, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the rows of ``cells``; valid until this thread gathers the next."""
+        return store.gather(cells, empty=lambda size, dtype: self._work.get(f"gathered {dtype}", size, dtype))
 
     def pack(
         self, rows: tuple[np.ndarray, np.ndarray, np.ndarray], cells: np.ndarray, keys: np.ndarray | None = None
@@ -98,24 +104,27 @@ class Packer:
         keys : uint32 [C, 2], optional
             `stream_key` of each; without, nothing is masked.
         """
+        empty, get = self._pool.empty, self._work.get
         tokens, cu_lengths = self.encoder.encode(*rows, dtype=np.int64, multiple_of=self.multiple_of)
         n_tokens, longest = int(cu_lengths[-1]), int(np.diff(cu_lengths).max(initial=0))
-        positions = np.empty_like(tokens)
+        positions = empty(len(tokens), np.int64)
         _number_positions(cu_lengths, positions)
-        masked, labels = np.empty(n_tokens + 4, np.int64), np.empty(n_tokens + 4, np.int64)
-        chosen = 0
+        masked, labels, chosen = empty(n_tokens + 4, np.int64), empty(n_tokens + 4, np.int64), 0
         if keys is not None:
-            words, kinds, drawn = (np.empty(longest + 4, dtype) for dtype in (np.uint32, np.uint32, np.int64))
-            who, room = (cells, keys), (words, kinds, drawn)
-            chosen = mask_cells((tokens, cu_lengths), who, self._rules, room, masked, labels)
+            room = (
+                get("words", longest + 4, np.uint32),
+                get("kinds", longest + 4, np.uint32),
+                get("drawn", longest + 4, np.int64),
+            )
+            chosen = mask_cells((tokens, cu_lengths), (cells, keys), self._rules, room, masked, labels)
         ends = cu_lengths if n_tokens == len(tokens) else np.append(cu_lengths, len(tokens))
         return MicroBatch(
             tokens=tokens,
             positions=positions,
             cu_seqlens=ends.astype(np.int32),
             max_seqlen=max(longest, len(tokens) - n_tokens),
-            masked=masked[:chosen].copy(),
-            labels=labels[:chosen].copy(),
+            masked=masked[:chosen],
+            labels=labels[:chosen],
             cells=cells,
             n_tokens=n_tokens,
         )
@@ -238,10 +247,10 @@ class BatchStream:
 
     def _micro_batch(self, k: int, cells: np.ndarray, epochs: np.ndarray, lengths: np.ndarray) -> MicroBatch:
         stream = VALIDATION if self.validation else TRAINING
-        seen, which = np.unique(epochs, return_inverse=True)
-        keys = np.stack([stream_key(self.seed, int(epoch), stream) for epoch in seen])[which]
+        first, last = int(epochs.min()), int(epochs.max())
+        keys = np.stack([stream_key(self.seed, epoch, stream) for epoch in range(first, last + 1)])[epochs - first]
         try:
-            batch = self._packer.pack(self.store.gather(cells), cells, keys)
+            batch = self._packer.pack(self._packer.gather(self.store, cells), cells, keys)
             if not np.array_equal(np.diff(batch.cu_seqlens)[: len(cells)], lengths):
                 raise DataError("their lengths are not those recorded for this store and vocabulary; count them again")
         except (MegacellError, ArithmeticError, LookupError, OSError, ValueError, TypeError, MemoryError) as error:

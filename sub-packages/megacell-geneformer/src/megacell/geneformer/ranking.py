@@ -6,47 +6,25 @@ this order of operations; genes stand by descending value, ties by ascending tok
 
 How it stays both fast and exact: one uint64 key a gene holds the value's leading bits, inverted, above the token, and
 numpy's vectorised sort orders a cell's keys in one call. Only keys with equal leading bits can be in the wrong order;
-they stand side by side afterwards, so that each such run is put in order by its full float64 values.
+they stand side by side afterwards, so that each such run is put in order by its full float64 values. One compiled loop
+takes a cell through all of it before the next, while its keys are still in the processor's nearest cache.
 
 Shapes: n cells, z stored values (non-zero counts), G genes of the input, V token numbers, T tokens.
 """
 
-import threading
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megacell.geneformer.ranking_kernels import (
-    SHARED,
-    count_known,
-    make_keys,
-    settle_ties,
-    write_tokens,
-)
+from megacell.geneformer.buffers import Pool, WorkingRoom
+from megacell.geneformer.ranking_kernels import SHARED, UNKNOWN, GenesTo, count_known, rank_rows
+from megacell.geneformer.vector_sort import sort_address
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
-
-
-class _Buffers(threading.local):
-    """Working arrays that each thread keeps from one call to the next (fresh pages would cost more than the sort)."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[str, np.ndarray] = {}
-
-    def get(self, name: str, size: int, dtype: type, fill: float | None = None) -> np.ndarray:
-        """Return ``size`` places; their content is left over, unless ``fill`` set it when they were made."""
-        array = self.arrays.get(name)
-        if array is None or len(array) < size:
-            array = np.empty(size + size // 4, dtype)
-            if fill is not None:
-                array.fill(fill)
-            self.arrays[name] = array
-        return array[:size]
 
 
 class RankEncoder:
@@ -90,29 +68,25 @@ class RankEncoder:
                 f"max_length {self.max_length} leaves no room beside {self.around} specials; make it larger"
             )
         self.tokens = vocabulary.tokens_of(gene_ids, symbols)
-        median_of_token = np.ones(vocabulary.size)
-        median_of_token[vocabulary.tokens] = vocabulary.medians
-        median_of_gene = np.where(self.tokens >= 0, median_of_token[self.tokens], 1.0)
-        token_bits = max(1, (vocabulary.size - 1).bit_length())
-        self._genes_to = _flag_shared(self.tokens, vocabulary.size), median_of_gene, token_bits
+        self._genes_to = _genes_to(self.tokens, vocabulary)
         self._specials = (
             np.array(vocabulary.prefix, np.int32),
             np.array(vocabulary.suffix, np.int32),
             vocabulary.specials["pad"],
         )
-        self._buffers = _Buffers()
+        self._work, self._pool = WorkingRoom(), Pool()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": None}
+        return {**self.__dict__, "_work": None, "_pool": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _buffers=_Buffers())
+        self.__dict__.update(state, _work=WorkingRoom(), _pool=Pool())
 
     def known_genes(self, indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Return how many different known genes each row has, int64 [n]; arguments as for `encode`."""
         lengths = np.empty(len(indptr) - 1, np.int64)
         seen = np.full(self.vocabulary.size, -1, np.int64)
-        count_known((indptr, genes, counts), self._genes_to[0], seen, lengths)
+        count_known((indptr, genes, counts), self.tokens, _is_shared(self.tokens), seen, lengths)
         return lengths
 
     def input_lengths(self, known: np.ndarray) -> np.ndarray:
@@ -150,26 +124,46 @@ class RankEncoder:
         cu_lengths : int64 [n + 1]
             Cell i is ``tokens[cu_lengths[i]:cu_lengths[i + 1]]``.
         """
-        rows, n_tokens, get = (indptr, genes, counts), self.vocabulary.size, self._buffers.get
-        stored, width = len(counts), int(np.diff(indptr).max(initial=0))
-        room = get("sums", n_tokens, np.float64, 0.0), get("medians", width, np.float64)
-        tokens, keys, starts = get("tokens", stored, np.int32), get("keys", stored, np.uint64), np.empty_like(indptr)
-        make_keys(rows, self._genes_to, room, tokens, keys, starts)
-        for first, last in pairwise(starts.tolist()):  # numpy's own sort: vectorised, unlike one in a compiled loop
-            keys[first:last].sort()
-        values = get("values", width, np.float64), get("value_of", n_tokens, np.float64)
-        settle_ties(rows, self._genes_to, room, tokens, values, keys, starts, self.max_length - self.around)
-        cu_lengths = np.zeros(len(indptr), np.int64)
-        np.cumsum(self.input_lengths(np.diff(starts)), out=cu_lengths[1:])
-        out: np.ndarray = np.empty(-(-int(cu_lengths[-1]) // multiple_of) * multiple_of, dtype)
-        write_tokens(keys, starts, cu_lengths, self._specials, self._genes_to[2], out)
+        get = self._work.get
+        stored = np.diff(indptr)
+        width = int(stored.max(initial=0))
+        room = (
+            get("keys", 2 * width, np.uint64),
+            get("values", width, np.float64),
+            get("medians", width, np.float64),
+            get("sums", self.vocabulary.size, np.float64, fill=0.0),
+        )
+        most = int(np.minimum(stored + self.around, self.max_length).sum())
+        out = self._pool.empty(-(-most // multiple_of) * multiple_of, dtype)
+        cu_lengths = np.empty(len(indptr), np.int64)
+        rows = indptr, genes, counts
+        rank_rows(rows, self._genes_to, room, sort_address(), self._specials, self.max_length, cu_lengths, out)
+        used = int(cu_lengths[-1])
+        out = out[: -(-used // multiple_of) * multiple_of]
+        out[used:] = self._specials[2]
         return out, cu_lengths
 
 
-def _flag_shared(tokens: np.ndarray, size: int) -> np.ndarray:
-    """Set the `SHARED` flag where several genes have one token."""
-    genes_of = np.bincount(tokens[tokens >= 0], minlength=size)
-    return np.where((tokens >= 0) & (genes_of[tokens] > 1), tokens | SHARED, tokens).astype(np.int32)
+def _genes_to(tokens: np.ndarray, vocabulary: Vocabulary) -> GenesTo:
+    """Return what the compiled loops look up by gene and token; see `megacell.geneformer.ranking_kernels`."""
+    median_of_token = np.ones(vocabulary.size)
+    median_of_token[vocabulary.tokens] = vocabulary.medians
+    known = tokens >= 0
+    of_gene = np.ones((len(tokens), 2))
+    of_gene[known, 0] = median_of_token[tokens[known]]
+    of_gene.view(np.uint64)[:, 1] = np.where(known, tokens.astype(np.uint64), np.uint64(UNKNOWN))
+    of_gene.view(np.uint64)[_is_shared(tokens), 1] = SHARED
+    gene_of_token = np.zeros(vocabulary.size, np.int64)
+    gene_of_token[tokens[known]] = np.flatnonzero(known)
+    low = np.uint64((1 << vocabulary.size.bit_length()) - 1)  # no token has all of these bits: only UNKNOWN
+    return of_gene, tokens, gene_of_token, median_of_token, low
+
+
+def _is_shared(tokens: np.ndarray) -> np.ndarray:
+    """Return which genes have a token that others have too, bool [G]."""
+    genes_of = np.bincount(tokens[tokens >= 0], minlength=tokens.max(initial=0) + 1)
+    shared: np.ndarray = (tokens >= 0) & (genes_of[tokens] > 1)
+    return shared
 
 
 def rank_encode(

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled passes of rank value encoding; `megacell.geneformer.ranking` calls them and says what they are for.
+"""The compiled loops of rank value encoding; `megacell.geneformer.ranking` calls them and says what they are for.
 
-What is handed from pass to pass (n cells, z counts, G genes of the input, V token numbers):
+What is handed around (n cells, z counts, G genes of the input, V token numbers, L longest row):
 
 - rows: indptr int64 [n + 1], genes unsigned [z], counts [z];
-- genes_to: token of each gene, int32 [G], -1 for none, flagged where `SHARED`; median of that token, float64 [G]; bits
-  that hold a token;
-- room: sums of genes that share a token, float64 [V], all zero before and after; medians, float64 [longest row];
+- genes_to: float64 [G, 2], for each gene the median of its token, and as the bits of a uint64 what it is ranked as: its
+  token, or `UNKNOWN`, or `SHARED` where others have the same token (side by side, they cost one cache line); its token,
+  int32 [G], -1 for none; by token, the one gene of each that is not shared, int64 [V], and the median, float64 [V]; and
+  the lowest bits of a key, set;
+- room: keys uint64 [2 L], values and medians float64 [L], sums by token float64 [V], all zero before and after;
 - specials: prefix int32, suffix int32, pad.
 
-Loops go over slices from 0 on: an index that cannot be negative needs no check, and the compiler vectorises the loop.
+A key holds the value's leading bits, inverted, above the token in the lowest ``bits`` bits: smaller keys rank first.
+What has no place in the ranking has a key of `UNKNOWN`'s kind, above all others, so that no loop needs a branch. Loops
+that look up, divide and shift stand apart: the compiler vectorises the last two only so.
 """
 
 from typing import Any
@@ -18,176 +22,191 @@ import numpy as np
 from numpy import ndarray as Array
 
 from megacell.geneformer.compiling import compiled
+from megacell.geneformer.vector_sort import sort_keys
 
 TARGET_SUM = 10_000.0  # Geneformer's normalisation
-SHARED = 1 << 30  # flag on a gene's token: other genes of the input have the same one
+UNKNOWN = 2**64 - 1
+SHARED = 2**64 - 2
 
 Rows = tuple[Array, Array, Array]
-GenesTo = tuple[Array, Array, int]
-Room = tuple[Array, Array]
+GenesTo = tuple[Array, Array, Array, Array, Any]
+Room = tuple[Array, Array, Array, Array]
 Specials = tuple[Array, Array, int]
 
 
 @compiled
 def row_total(counts: Array) -> float:
-    """Sum a row's counts in float64, in four interleaved strands (exact, so order-free, for whole counts)."""
-    a = b = c = d = 0.0
-    stop = len(counts) // 4 * 4
-    for j in range(0, stop, 4):
+    """Sum a row's counts in float64, in eight interleaved strands (exact, so order-free, for whole counts)."""
+    a = b = c = d = e = f = g = h = 0.0
+    stop = len(counts) // 8 * 8
+    for j in range(0, stop, 8):
         a += counts[j]
         b += counts[j + 1]
         c += counts[j + 2]
         d += counts[j + 3]
+        e += counts[j + 4]
+        f += counts[j + 5]
+        g += counts[j + 6]
+        h += counts[j + 7]
     for j in range(stop, len(counts)):
         a += counts[j]
-    return (a + b) + (c + d)
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
 @compiled
-def _sum_shared(tokens: Array, values: Array, medians: Array, known: int, sums: Array) -> int:
-    """Sum the counts of equal tokens in the place of the first of them; return how many are left."""
-    kept = 0
-    for i in range(known):
-        token = tokens[i]
-        if token >= SHARED:
-            plain = token & (SHARED - 1)
-            is_first = sums[plain] == 0.0
-            sums[plain] += values[i]
-            if not is_first:
-                continue
-        tokens[kept], values[kept], medians[kept] = token, values[i], medians[i]
-        kept += 1
-    for i in range(kept):
-        if tokens[i] >= SHARED:
-            tokens[i] &= SHARED - 1
-            values[i] = sums[tokens[i]]
-            sums[tokens[i]] = 0.0
-    return kept
-
-
-@compiled
-def _known_values(genes: Array, counts: Array, genes_to: GenesTo, room: Room, tokens: Array, values: Array) -> int:
-    """Write tokens and values of one row's known genes, and return how many they are.
-
-    Medians are collected apart from the arithmetic, which is vectorised then.
-    """
-    token_of_gene, median_of_gene, _ = genes_to
-    sums, medians = room
-    known = 0
-    shared = False
+def _sum_shared(genes: Array, counts: Array, genes_to: GenesTo, sums: Array, tokens: Array) -> int:
+    """Sum the counts of genes that share a token; write those tokens to ``tokens`` and return how many."""
+    ranked_as, token_of_gene = genes_to[0].view(np.uint64), genes_to[1]
+    found = 0
     for j in range(len(genes)):
-        token = token_of_gene[genes[j]]
-        tokens[known] = token
-        values[known] = counts[j]
-        medians[known] = median_of_gene[genes[j]]
-        known += (token >= 0) & (counts[j] > 0)
-        shared |= token >= SHARED
-    if shared:
-        known = _sum_shared(tokens, values, medians, known, sums)
+        if ranked_as[genes[j], 1] == np.uint64(SHARED) and counts[j] > 0:
+            token = token_of_gene[genes[j]]
+            tokens[found] = token
+            found += sums[token] == 0.0
+            sums[token] += counts[j]
+    return found
+
+
+@compiled
+def _value(count: Any, total: float, median: float) -> float:
+    """The one definition of a value; other orders of these operations round differently."""
+    return count / total * TARGET_SUM / median
+
+
+@compiled
+def _make_keys(genes: Array, counts: Array, total: float, genes_to: GenesTo, room: Room) -> tuple[int, int]:
+    """Write a row's keys; return how many are written, and how many tokens of shared genes are the last of them."""
+    of_gene, _, _, median_of_token, low = genes_to
+    keys, values, medians, sums = room
+    ranked_as, bits = of_gene.view(np.uint64), values.view(np.uint64)
+    n = len(genes)
+    for j in range(n):
+        medians[j] = of_gene[genes[j], 0]
+        keys[j] = ranked_as[genes[j], 1]
+    for j in range(n):
+        values[j] = _value(counts[j], total, medians[j])
+    shared = 0
+    for j in range(n):  # the sign bit is always 0: shifted out, it leaves room for one more bit of value
+        shared += keys[j] == np.uint64(SHARED)
+        keys[j] |= ~(bits[j] << np.uint64(1)) & ~low
+    if shared == 0:
+        return n, 0
+    tokens = keys[n:].view(np.int64)
+    found = _sum_shared(genes, counts, genes_to, sums, tokens)
+    for i in range(found):
+        token = tokens[i]
+        values[i] = _value(sums[token], total, median_of_token[token])
+        keys[n + i] = (~(bits[i] << np.uint64(1)) & ~low) | np.uint64(token)
+    return n + found, found
+
+
+@compiled
+def _exact_value(token: Any, genes: Array, counts: Array, total: float, genes_to: GenesTo, sums: Array) -> float:
+    """Compute the value of one of a row's tokens again."""
+    count = sums[token]
+    if count == 0.0:
+        count = np.float64(counts[np.searchsorted(genes, genes_to[2][token])])
+    return _value(count, total, genes_to[3][token])
+
+
+@compiled
+def _order_run(keys: Array, values: Array, low: Any) -> None:
+    """Order keys that agree in their leading bits by their full values; ties stay by token."""
+    for i in range(1, len(keys)):
+        key, value = keys[i], values[i]
+        j = i
+        while j > 0 and (values[j - 1] < value or (values[j - 1] == value and keys[j - 1] & low > key & low)):
+            keys[j], values[j] = keys[j - 1], values[j - 1]
+            j -= 1
+        keys[j], values[j] = key, value
+
+
+@compiled
+def _settle_ties(
+    genes: Array, counts: Array, total: float, genes_to: GenesTo, room: Room, known: int, places: int
+) -> None:
+    """Make the order of a row's sorted keys exact in its first ``places``."""
+    keys, values, _, sums = room
+    low = genes_to[4]
+    near = 0
+    for i in range(min(known - 1, places)):
+        near += (keys[i] ^ keys[i + 1]) <= low
+    i = 0
+    while near > 0 and i < min(known, places):
+        j = i + 1
+        while j < known and (keys[j] ^ keys[i]) <= low:
+            j += 1
+        if j - i > 1:
+            for k in range(i, j):
+                token = np.int64(keys[k] & low)
+                values[k - i] = _exact_value(token, genes, counts, total, genes_to, sums)
+            _order_run(keys[i:j], values[: j - i], low)
+            near -= j - i - 1
+        i = j
+
+
+@compiled
+def _rank_row(genes: Array, counts: Array, genes_to: GenesTo, room: Room, sort: int, places: int) -> int:
+    """Write a row's ranked keys to the front of ``room``'s and return how many; exact in the first ``places``."""
+    keys, sums, low = room[0], room[3], genes_to[4]
     total = row_total(counts)
-    for i in range(known):
-        values[i] = values[i] / total * TARGET_SUM / medians[i]
+    if not total > 0.0:
+        return 0
+    n, shared = _make_keys(genes, counts, total, genes_to, room)
+    tokens = keys[n - shared : n] & low
+    sort_keys(keys[:n], sort)
+    known = n
+    while known > 0 and keys[known - 1] >= ~low:  # unknown genes, and counts of zero that were stored
+        known -= 1
+    _settle_ties(genes, counts, total, genes_to, room, known, places)
+    for token in tokens:
+        sums[token] = 0.0
     return known
 
 
 @compiled
-def make_keys(rows: Rows, genes_to: GenesTo, room: Room, tokens: Array, keys: Array, starts: Array) -> None:
-    """Write a sort key (uint64) for each known gene, cell after cell; cell i's stand at ``starts[i]:starts[i + 1]``.
-
-    Smaller keys rank first: the leading bits of the value, inverted, above the token.
-    """
-    indptr, genes, counts = rows
-    low = (np.uint64(1) << np.uint64(genes_to[2])) - np.uint64(1)
-    values = keys.view(np.float64)
-    starts[0] = 0
+def rank_rows(
+    rows: Rows,
+    genes_to: GenesTo,
+    room: Room,
+    sort: int,
+    specials: Specials,
+    max_length: int,
+    cu_lengths: Array,
+    out: Array,
+) -> None:
+    """Rank row after row: write prefix, ordered tokens and suffix to ``out``, and where each cell ends."""
+    (indptr, genes, counts), (prefix, suffix, _) = rows, specials
+    keys, low = room[0], genes_to[4]
+    places = max_length - len(prefix) - len(suffix)
+    at = 0
+    cu_lengths[0] = 0
     for cell in range(len(indptr) - 1):
-        row, start = slice(indptr[cell], indptr[cell + 1]), starts[cell]
-        token, key = tokens[start:], keys[start:]
-        known = _known_values(genes[row], counts[row], genes_to, room, token, values[start:])
-        for i in range(known):  # the sign bit is always 0: shifted out, it leaves room for one more bit of value
-            key[i] = (~(key[i] << np.uint64(1)) & ~low) | np.uint64(token[i])
-        starts[cell + 1] = start + known
+        row = slice(indptr[cell], indptr[cell + 1])
+        kept = min(_rank_row(genes[row], counts[row], genes_to, room, sort, places), places)
+        if kept > 0:
+            for special in prefix:
+                out[at] = special
+                at += 1
+            token = out[at : at + kept]
+            for i in range(kept):
+                token[i] = keys[i] & low
+            at += kept
+            for special in suffix:
+                out[at] = special
+                at += 1
+        cu_lengths[cell + 1] = at
 
 
 @compiled
-def _order_run(keys: Array, low: Any, value_of: Array) -> None:
-    """Order keys that agree in their leading bits by full value; ties stay by token."""
-    for i in range(1, len(keys)):
-        key = keys[i]
-        value = value_of[key & low]
-        j = i
-        while j > 0 and value_of[keys[j - 1] & low] < value:
-            keys[j] = keys[j - 1]
-            j -= 1
-        keys[j] = key
-
-
-@compiled
-def settle_ties(
-    rows: Rows, genes_to: GenesTo, room: Room, tokens: Array, values: Room, keys: Array, starts: Array, places: int
-) -> None:
-    """Make the order of sorted keys exact in the first ``places`` of each cell.
-
-    ``tokens`` holds the longest row; ``values``: float64 [longest row] and by token, float64 [V].
-    """
-    of_known, of_token = values
-    indptr, genes, counts = rows
-    low = (np.uint64(1) << np.uint64(genes_to[2])) - np.uint64(1)
-    for cell in range(len(starts) - 1):
-        key = keys[starts[cell] : starts[cell + 1]]
-        filled = False
-        i = 0
-        while i < min(len(key), places):
-            j = i + 1
-            while j < len(key) and (key[j] ^ key[i]) <= low:
-                j += 1
-            if j - i > 1:
-                if not filled:  # many cells have no such run: values are made a second time only here
-                    row = slice(indptr[cell], indptr[cell + 1])
-                    known = _known_values(genes[row], counts[row], genes_to, room, tokens, of_known)
-                    for k in range(known):
-                        of_token[tokens[k]] = of_known[k]
-                    filled = True
-                _order_run(key[i:j], low, of_token)
-            i = j
-
-
-@compiled
-def write_tokens(
-    keys: Array, starts: Array, cu_lengths: Array, specials: Specials, token_bits: int, out: Array
-) -> None:
-    """Write each cell's prefix, ordered tokens and suffix at ``cu_lengths``; the rest of ``out`` becomes pad."""
-    prefix, suffix, pad = specials
-    low = (np.uint64(1) << np.uint64(token_bits)) - np.uint64(1)
-    for cell in range(len(starts) - 1):
-        at, end = cu_lengths[cell], cu_lengths[cell + 1]
-        if at == end:
-            continue
-        for special in prefix:
-            out[at] = special
-            at += 1
-        kept = end - at - len(suffix)
-        key, token = keys[starts[cell] :], out[at:]
-        for i in range(kept):
-            token[i] = key[i] & low
-        at += kept
-        for special in suffix:
-            out[at] = special
-            at += 1
-    for i in range(cu_lengths[-1], len(out)):
-        out[i] = pad
-
-
-@compiled
-def count_known(rows: Rows, token_of_gene: Array, seen: Array, lengths: Array) -> None:
+def count_known(rows: Rows, token_of_gene: Array, is_shared: Array, seen: Array, lengths: Array) -> None:
     """Count the different known tokens of each row; ``seen`` (int64 [V]): last row that had a token, -1 at first."""
     indptr, genes, counts = rows
     for cell in range(len(indptr) - 1):
         known = 0
         for j in range(indptr[cell], indptr[cell + 1]):
             token = token_of_gene[genes[j]]
-            if token >= SHARED and counts[j] > 0:
-                token &= SHARED - 1
+            if is_shared[genes[j]] and counts[j] > 0:
                 known += seen[token] != cell
                 seen[token] = cell
             else:

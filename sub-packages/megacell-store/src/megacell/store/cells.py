@@ -3,6 +3,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,8 +129,17 @@ class CellStore:
         matrix.has_sorted_indices = matrix.has_canonical_format = True
         return matrix
 
-    def gather(self, indices: Any) -> tuple[Array, Array, Array]:
+    def gather(
+        self, indices: Any, empty: Callable[[int, np.dtype[Any]], Array] = np.empty
+    ) -> tuple[Array, Array, Array]:
         """Return cells' counts as plain arrays: what `rows` wraps, without the wrapping.
+
+        Parameters
+        ----------
+        indices : int array [n], bool array [cells] or slice
+            Cells by their number in the store.
+        empty : callable
+            Makes an array of a size and dtype; a caller in a hurry gives memory that it has used before.
 
         Returns
         -------
@@ -139,15 +149,17 @@ class CellStore:
         counts : float32 [nnz]
         """
         narrow = np.dtype(np.uint16 if self.shape[1] <= 1 << 16 else np.uint32)
-        return self._gather(self._numbers(indices), narrow)
+        return self._gather(self._numbers(indices), narrow, empty)
 
-    def _gather(self, cells: Array, gene_type: np.dtype[Any]) -> tuple[Array, Array, Array]:
+    def _gather(
+        self, cells: Array, gene_type: np.dtype[Any], empty: Callable[[int, np.dtype[Any]], Array] = np.empty
+    ) -> tuple[Array, Array, Array]:
         if self._unmapped:
             self._map(cells)
         indptr, shard_of, start_of, bad = locate(cells, self._first, self._table)
         if bad < 0:
-            genes = np.empty(indptr[-1], gene_type)
-            counts = np.empty(indptr[-1], np.float32)
+            genes = empty(int(indptr[-1]), gene_type)
+            counts = empty(int(indptr[-1]), np.dtype(np.float32))
             bad = copy_rows(self._table, indptr, shard_of, start_of, self.shape[1], genes, counts)
         if bad >= 0:
             name = self.manifest.shards[bad].name
