@@ -9,8 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # jobs.py and ranks.py, also in the ranks' own processes
 
-from ranks import Ranks
 from runs import TINY, fine
+
+from ranks import Ranks
 
 STEPS = 12
 

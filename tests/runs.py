@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 TINY = (
-    "model.hidden=32", "model.ffn=64", "model.heads=4", "model.max_length=128", "model.hidden_dropout=0", "batch.cells=8",
-    "validation.cells=24", "data.baseline_cells=64", "log_every=1", "logger=csv",
+    "model.hidden=32", "model.ffn=64", "model.heads=4", "model.max_length=128", "model.hidden_dropout=0",
+    "batch.cells=8", "validation.cells=24", "data.baseline_cells=64", "log_every=1", "logger=csv",
 )  # fmt: skip
 WAIT = 240  # seconds for a command; one that hangs fails the test
 MARK = "MEGACELL_TEST_FAMILY"  # in the environment of a command and of all that it starts

@@ -20,7 +20,9 @@ from megacell.geneformer.training.metrics import COLUMNS
 from megacell.store import CellStore
 from megacell.store.cli import main
 
-RUNS = pytest.mark.parametrize("name", ["copies", "halves"], ids=["two data parallel ranks", "two tensor parallel ranks"])
+RUNS = pytest.mark.parametrize(
+    "name", ["copies", "halves"], ids=["two data parallel ranks", "two tensor parallel ranks"]
+)
 
 
 # counts
@@ -307,9 +309,9 @@ def test_a_model_trains_on_geneformers_second_vocabulary(data, store, tmp_path):
              "--gene-ids", folder / f"ensembl_mapping_dict_{suffix}",
              "--symbols", folder / f"gene_name_id_dict_{suffix}", "--out", tmp_path / "v2"]  # fmt: skip
     assert main(list(map(str, words))) == 0
-    settings = [f"store={store}", f"vocabulary={tmp_path / 'v2'}", f"out={tmp_path / 'run'}", "steps=2", "batch.cells=4",
-                "model.layers=1", "model.hidden=32", "model.ffn=64", "model.max_length=2048", "validation.cells=4",
-                "data.baseline_cells=32", "log_every=1", "logger=csv"]  # fmt: skip
+    settings = [f"store={store}", f"vocabulary={tmp_path / 'v2'}", f"out={tmp_path / 'run'}", "steps=2",
+                "batch.cells=4", "model.layers=1", "model.hidden=32", "model.ffn=64", "model.max_length=2048",
+                "validation.cells=4", "data.baseline_cells=32", "log_every=1", "logger=csv"]  # fmt: skip
     printed = fine("pretrain", *settings)
     assert "split by donor_id" in printed
     rows = metrics(tmp_path / "run")
