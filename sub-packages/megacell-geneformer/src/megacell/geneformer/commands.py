@@ -5,6 +5,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megacell.geneformer.data_commands import register_data
+
 
 def register(commands: Any) -> None:
     """Add the sub-commands to argparse's sub-parsers."""
@@ -14,6 +16,7 @@ def register(commands: Any) -> None:
     _register_evaluate(commands)
     _register_embed(commands)
     _register_demo(commands)
+    register_data(commands)
 
 
 def _register_vocabulary(commands: Any) -> None:
