@@ -6,6 +6,7 @@ from typing import Any
 
 _HOMES = {  # public name → module; imported when first asked for (PEP 562), so that importing the package costs nothing
     "BatchStream": "batches",
+    "GeneformerModel": "training.module",
     "MaskSettings": "masking",
     "MicroBatch": "batches",
     "RankEncoder": "ranking",
@@ -14,7 +15,10 @@ _HOMES = {  # public name → module; imported when first asked for (PEP 562), s
     "Vocabulary": "vocabulary",
     "build_vocabulary": "medians",
     "check_coverage": "vocabulary",
+    "embed_file": "embed",
+    "evaluate": "evaluate",
     "import_geneformer": "geneformer_pickles",
+    "open_model": "interchange.open",
     "rank_encode": "ranking",
     "split_cells": "split",
     "token_lengths": "lengths",

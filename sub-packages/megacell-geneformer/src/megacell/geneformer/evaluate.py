@@ -64,7 +64,9 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(model_path: Path, store_path: Path, *, by: str | None = None, cells: int = 2000) -> Evaluation:
+def evaluate(
+    model_path: Path, store_path: Path, *, by: str | None = None, cells: int = 2000, allow_low_coverage: bool = False
+) -> Evaluation:
     """Evaluate a model on the held-out cells of a store.
 
     Parameters
@@ -76,6 +78,8 @@ def evaluate(model_path: Path, store_path: Path, *, by: str | None = None, cells
         An obs column: also a row for each of its values.
     cells : int
         Most held-out cells.
+    allow_low_coverage : bool
+        Take a store that measures under 25 % of the vocabulary's genes.
 
     Raises
     ------
@@ -88,7 +92,7 @@ def evaluate(model_path: Path, store_path: Path, *, by: str | None = None, cells
     if by is not None and by not in store.obs_columns:
         raise UsageError(f"--by {by}: {store_path} has no such column; it has {', '.join(store.obs_columns)}")
     model = open_model(model_path)
-    check_coverage(store.gene_ids, store.symbols, model.vocabulary, str(store_path), allow=True)
+    check_coverage(store.gene_ids, store.symbols, model.vocabulary, str(store_path), allow=allow_low_coverage)
     data = model.cfg.provenance.data
     split = split_cells(store, SplitSettings(**data.split))
     lengths = token_lengths(store, model.vocabulary)

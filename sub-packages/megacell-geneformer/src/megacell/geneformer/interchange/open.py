@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one way to open a trained model: a .nemo file, a run folder, or one of its checkpoints."""
 
+import logging
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -8,6 +9,8 @@ from omegaconf import OmegaConf
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -21,6 +24,8 @@ def find_checkpoint(path: Path) -> Path:
         newest, lines = checkpoint.newest(path / "checkpoints")
         if newest is None:
             raise DataError(f"{path}: no whole checkpoint in it {'; '.join(lines)}".rstrip())
+        for line in lines:
+            log.warning(line)
         return newest
     raise UsageError(f"{path}: neither a .nemo file, a run folder nor a checkpoint")
 

@@ -24,6 +24,15 @@ def world_size(devices: int) -> int:
     return max(devices, int(os.environ.get("SLURM_NTASKS", "1")))
 
 
+def local_size(devices: int) -> int:
+    """Return the number of ranks on this machine."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    if not started_by_launcher():
+        return devices
+    return int(os.environ["SLURM_NTASKS"]) // int(os.environ.get("SLURM_NNODES", "1"))
+
+
 def is_first() -> bool:
     """Return whether this process is the run's rank 0 (or its launcher)."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0

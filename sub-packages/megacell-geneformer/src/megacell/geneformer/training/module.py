@@ -86,6 +86,10 @@ class GeneformerModel(ModelPT):
         """Let the run begin; called once DDP and the optimizer stand."""
         self.run.begin(self)
 
+    def on_train_start(self) -> None:
+        """Take over the signals, after Lightning has: it would end the run at SIGTERM without a save."""
+        self.run.signals.watch()
+
     def train_dataloader(self):
         """Return this rank's steps that are still to be done."""
         return self.run.steps()

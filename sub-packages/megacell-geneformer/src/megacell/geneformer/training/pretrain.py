@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry of `megacell pretrain`: settings → processes → NeMo's and Lightning's trainer → steps → checkpoints."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -29,8 +28,6 @@ def check_paths(cfg: DictConfig) -> None:
     for name in ("store", "vocabulary"):
         if not Path(cfg[name]).is_dir():
             raise UsageError(f"{name}={cfg[name]}: no such folder")
-    if cfg.resume and not (out / settings.SAVED).is_file():
-        raise UsageError(f"{out}: no run to resume there; leave resume=true out to start one")
     if not cfg.resume and launch.is_first() and out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} exists: add resume=true to go on with it, or choose another out=")
 
@@ -47,12 +44,12 @@ def train(cfg: DictConfig) -> int:
 
     run = Run(cfg)
     gpu = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", cfg.devices)))
+    ranks, local = launch.world_size(cfg.devices), launch.local_size(cfg.devices)
     trainer = pl.Trainer(
         max_steps=cfg.steps,
         accelerator="gpu" if gpu else "cpu",
         devices=local,
-        num_nodes=max(1, launch.world_size(cfg.devices) // local),
+        num_nodes=ranks // local,
         strategy=MegatronStrategy(cfg.parallel.tensor, process_group_backend="nccl" if gpu else "gloo"),
         plugins=_cluster(),
         logger=False,

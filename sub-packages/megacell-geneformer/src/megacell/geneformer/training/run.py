@@ -43,6 +43,7 @@ class Run:
     def __init__(self, cfg: DictConfig):
         self.cfg, self.out, self.first = cfg, Path(cfg.out), launch.is_first()
         self.data = TrainingData.open(cfg)
+        self.data.stream()  # refuses settings that no batch can be made with, before a folder is
         self.network = settings.model_config(cfg, self.data.vocabulary.size)
         self.step = 0
         self.stopped = False
@@ -93,7 +94,6 @@ class Run:
                 f"{self.baselines['frequency']:.3f} nats, frequency at that rank {self.baselines['rank_frequency']:.3f}"
             )
         self._describe(module)
-        self.signals.watch()
         self.screen.start(self.step)
 
     def _load_newest(self, module) -> None:
@@ -122,7 +122,6 @@ class Run:
             "precision": cfg.precision,
             "vocabulary": self.data.vocabulary.hash,
             "store": {
-                "path": str(Path(cfg.store).resolve()),
                 "generation": store.generation,
                 "digest": store.digest,
                 "cells": len(store),

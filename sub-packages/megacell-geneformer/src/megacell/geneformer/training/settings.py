@@ -47,10 +47,8 @@ def compose(overrides: list[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = hydra_compose("pretrain", overrides)
-        if cfg.resume and OmegaConf.is_missing(cfg, "out"):
-            raise UsageError("resume=true needs out=RUN, the run to go on with")
-        if cfg.resume and (saved := Path(cfg.out) / SAVED).is_file():
-            cfg = _resumed(cfg, saved, overrides)
+        if cfg.resume:
+            cfg = _resumed(cfg, overrides)
         cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
         raise UsageError(f"{error.full_key}=… must be given") from error
@@ -62,8 +60,13 @@ def compose(overrides: list[str]) -> DictConfig:
     return cfg
 
 
-def _resumed(cfg: DictConfig, saved: Path, overrides: list[str]) -> DictConfig:
+def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """Return what a run was started with, with what was given anew; refuse what would make it another run."""
+    if OmegaConf.is_missing(cfg, "out"):
+        raise UsageError("resume=true needs out=RUN, the run to go on with")
+    saved = Path(cfg.out) / SAVED
+    if not saved.is_file():
+        raise UsageError(f"out={cfg.out}: no run to resume there; leave resume=true out to start one")
     given = [o for o in overrides if _key(o) not in ("resume", "out")]
     for key in map(_key, given):
         if key.split(".")[0] in KEPT or key in KEPT or (config_dir() / key).is_dir():
@@ -88,6 +91,8 @@ def _check(cfg: DictConfig) -> None:
         raise UsageError(f"optim.schedule={cfg.optim.schedule}: choose one of {', '.join(SCHEDULES)}")
     if not 0 <= cfg.optim.warmup < cfg.steps:
         raise UsageError(f"optim.warmup={cfg.optim.warmup}: must be at least 0 and under steps={cfg.steps}")
+    if cfg.batch.tokens < cfg.model.max_length:
+        raise UsageError(f"batch.tokens={cfg.batch.tokens}: must be at least model.max_length={cfg.model.max_length}")
     model_config(cfg, vocabulary_size=1).check_parallel(cfg.parallel.tensor)
 
 
