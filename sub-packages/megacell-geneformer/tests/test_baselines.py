@@ -32,13 +32,34 @@ def test_the_frequency_of_a_gene_is_its_smoothed_share_of_the_training_tokens():
     assert frequency.cells == 2
 
 
-def test_the_rank_frequency_leans_on_the_overall_frequency_by_twenty_tokens():
+def test_the_rank_frequency_leans_on_the_overall_frequency_as_much_as_left_out_tokens_ask_for():
     # two genes a cell: the first is in bin 0, the second in bin 12; gene 2 is first twice, once second
     frequency = fitted([[2, 4], [2, 5], [4, 2]])
-    overall_2, overall_8 = 3.5 / 8.5, 0.5 / 8.5
-    expected = [(2 + 20 * overall_2) / 23, (1 + 20 * overall_2) / 23, 20 * overall_8 / 23, overall_8]
+    overall = {2: 3.5 / 8.5, 4: 2.5 / 8.5, 5: 1.5 / 8.5, 8: 0.5 / 8.5}
+    bins = ([2, 2, 4], [4, 5, 2])
+
+    def likelihood(weight):
+        left_out = [(b.count(t) - 1 + weight * overall[t]) / (len(b) - 1 + weight) for b in bins for t in b]
+        return np.log(left_out).sum()
+
+    w = max([20, 200, 2_000, 20_000, 200_000, 2_000_000], key=likelihood)
+    expected = [(2 + w * overall[2]) / (3 + w), (1 + w * overall[2]) / (3 + w), w * overall[8] / (3 + w), overall[8]]
     nats = frequency.rank_frequency_nats(np.array([2, 2, 8, 8]), np.array([0, 1, 0, 3]), np.array([2, 2, 2, 4]))
     np.testing.assert_allclose(nats, -np.log(expected))
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "share"),
+    [(False, 0.9), (True, 0.01)],
+    ids=["ranks that say all are trusted", "ranks that say nothing are not"],
+)
+def test_the_weight_follows_what_ranks_say(shuffle, share):
+    draw = np.random.default_rng(0)
+    cells = [list(draw.permutation(GENES) if shuffle else GENES) for _ in range(400)]
+    ranked = fitted(cells).probabilities()[1]
+    overall = 1 / len(GENES)
+    excess = (ranked[0].max() - overall) / (1 - overall)
+    assert excess > share if not shuffle else excess < share
 
 
 @given(cells_of_genes)

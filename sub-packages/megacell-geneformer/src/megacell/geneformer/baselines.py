@@ -18,15 +18,16 @@ from megacell.store.errors import DataError
 
 RANK_BINS = 25
 PSEUDOCOUNT = 0.5  # a gene that no training cell shows is as frequent as half a token
-RANK_WEIGHT = 20.0  # tokens' worth of the overall frequency in each rank bin
+RANK_WEIGHTS = 20.0 * 10.0 ** np.arange(6)  # tokens' worth of the overall frequency in a rank bin, to choose from
 
 
 class TokenFrequency:
     """How often each gene stands in training cells, overall and by relative rank; filled incrementally.
 
     The model of `frequency_nats` is ``p(gene) = (tokens of the gene + 0.5) / sum over genes of the same``. That of
-    `rank_frequency_nats` is ``p(gene | bin) = (tokens of the gene in the bin + 20 p(gene)) / (tokens in the bin + 20)``
-    with 25 bins of relative rank, ``bin = position * 25 // genes in the cell``. Specials have probability zero in both.
+    `rank_frequency_nats` is ``p(gene | bin) = (tokens of the gene in the bin + w p(gene)) / (tokens in the bin + w)``
+    with 25 bins of relative rank, ``bin = position * 25 // genes in the cell``, and w the weight under which the
+    training tokens, each left out in its turn, are likeliest. Specials have probability zero in both.
 
     Parameters
     ----------
@@ -96,9 +97,20 @@ class TokenFrequency:
         if self._probabilities is None:
             frequency = np.where(self.is_gene, self.token_counts + PSEUDOCOUNT, 0.0)
             frequency /= frequency.sum()
-            ranked = self.rank_counts + RANK_WEIGHT * frequency
+            ranked = self.rank_counts + self._best_weight(frequency) * frequency
             self._probabilities = frequency, ranked / ranked.sum(axis=1, keepdims=True)
         return self._probabilities
+
+    def _best_weight(self, frequency: np.ndarray) -> float:
+        """Return the weight of the overall frequency that leave-one-out likelihood prefers."""
+        bins, tokens = np.nonzero(self.rank_counts)
+        counts = self.rank_counts[bins, tokens]
+        others = self.rank_counts.sum(axis=1)[bins] - 1
+        likelihoods = [
+            (counts * np.log((counts - 1 + weight * frequency[tokens]) / (others + weight))).sum()
+            for weight in RANK_WEIGHTS
+        ]
+        return float(RANK_WEIGHTS[int(np.argmax(likelihoods))])
 
     def frequency_nats(self, true_tokens: np.ndarray) -> np.ndarray:
         """Loss of gene frequency alone.
