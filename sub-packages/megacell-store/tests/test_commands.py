@@ -78,7 +78,7 @@ def test_dry_run_prints_a_table_and_writes_nothing(megacell, counts, save, tmp_p
     ("arguments", "reason"),
     [
         (["convert", "absent.h5ad", "--out", "store"], "absent.h5ad: no such file or folder"),
-        (["convert", "--out", "store"], "required: SRC"),
+        (["convert", "--out", "store"], "nothing to convert; name files or folders, or --sheet"),
         (["convert", "a.h5ad"], "required: --out"),
         (["convert", "a.h5ad", "--out", "store", "--frobnicate"], "unknown arguments: --frobnicate"),
     ],

@@ -62,7 +62,7 @@ def test_what_is_no_counts_is_refused_with_file_place_and_mend(spoil, reason, co
 @pytest.mark.parametrize("cell", [0, 40], ids=["within the sample", "beyond the sample"])
 @pytest.mark.parametrize("value", [np.nan, -3.0, np.inf])
 def test_one_bad_value_anywhere_is_found(cell, value, made, save, tmp_path, monkeypatch):
-    monkeypatch.setattr("megacell.store.sources.h5ad_counts.SAMPLE_RUNS", 1)
+    monkeypatch.setattr("megacell.store.sources.choice.SAMPLE_RUNS", 1)
     counts = made.counts(60, 300)
     counts[cell, 5] = value
     with pytest.raises(DataError, match=r"made\.h5ad"):
@@ -80,7 +80,7 @@ def test_fractions_are_kept_as_such(counts, save, made, tmp_path):
 
 
 def test_fractions_met_late_make_the_source_fractional(made, save, tmp_path, monkeypatch):
-    monkeypatch.setattr("megacell.store.sources.h5ad_counts.SAMPLE_RUNS", 1)
+    monkeypatch.setattr("megacell.store.sources.choice.SAMPLE_RUNS", 1)
     counts = made.counts(60, 300)
     counts[50:] *= np.float32(0.9)
     lines = []

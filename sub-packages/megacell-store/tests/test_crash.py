@@ -93,7 +93,7 @@ def test_an_error_after_the_commit_harms_nothing(counts, made, save, tmp_path, m
 
 
 def test_an_error_in_a_later_file_leaves_nothing_of_the_earlier_ones(counts, made, save, tmp_path, monkeypatch):
-    monkeypatch.setattr("megacell.store.sources.h5ad_counts.SAMPLE_RUNS", 1)
+    monkeypatch.setattr("megacell.store.sources.choice.SAMPLE_RUNS", 1)
     bad = made.counts(60, 300, seed=3)
     bad[55, 5] = np.nan
     store = tmp_path / "store"

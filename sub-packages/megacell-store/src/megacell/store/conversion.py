@@ -2,48 +2,32 @@
 """From files to a store: plan → tasks → commit → report.
 
 Killed anywhere, the store is the old generation or the new one: shards and tables are written beside and
-renamed, and none of them exists for a reader until the manifest, renamed last, names it.
+renamed, and none of them exists for a reader until the manifest, renamed last, names it. What a killed conversion
+finished is kept for the next one of the same request.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from megacell.store.counts import UMI
-from megacell.store.duplicates import Duplicates, find_duplicates
+from megacell.store.duplicates import Duplicates, duplicates_of
 from megacell.store.errors import DataError, UsageError
-from megacell.store.genes import GeneTable
-from megacell.store.manifest import FileRecord, Manifest, ObsColumn, ShardRecord, Source, generation_name
-from megacell.store.obs import tidy, to_table
-from megacell.store.panels import Panels
-from megacell.store.plan import (
-    Inspection,
-    Options,
-    Part,
-    Plan,
-    as_fractional,
-    check_unchanged,
-    find_files,
-    hash_files,
-    inspect,
-    kept_cells,
-    make_plan,
-    refuse,
-)
-from megacell.store.progress import Progress
-from megacell.store.shard import FOLDER, ShardWriter, map_array
-from megacell.store.sources.h5ad import NotWhole
-from megacell.store.sources.h5ad_counts import Settled
+from megacell.store.executors import MEMORY, executor, fitting_workers
+from megacell.store.inspection import Inspection, inspect, refuse, refuse_repeated
+from megacell.store.lock import writing
+from megacell.store.manifest import Manifest, Source
+from megacell.store.options import Options, Sample, read_sheet
+from megacell.store.parts import PART_LOCK, part_plan, refuse_running_parts, request_hash
+from megacell.store.plan import PLAN, Plan, load_plan, make_plan
+from megacell.store.progress import Progress, watching
+from megacell.store.publish import publish
+from megacell.store.sources.open import find_sources
 from megacell.store.target import check_target, open_target, sweep
+from megacell.store.tasks import Amendment, Outcome, amend, amendments, attempt, outcome_of
 
 SHARD_BYTES = 2 << 30
+_SMALL = 50_000_000  # values that one process writes in less time than others take to start
 
 
 @dataclass(frozen=True)
@@ -55,15 +39,17 @@ class ConversionReport:
     path : Path
         The store.
     generation : int
-        0 for a dry run.
+        0 for a dry run, or for one part of several.
     cells, genes : int
-        Of the whole store.
+        Of the whole store; of a part, the cells that it made.
     inspections : list of Inspection
-        What was found of each file, in the order of the sources.
+        What was found of each file, in the order given.
     sources : list of Source
         The sources that this conversion added.
     duplicates : list of Duplicates
         Exact copies of cells, by pair of sources, that this conversion brought.
+    left_out : list of str
+        Why each file that is not in the store is not.
     """
 
     path: Path
@@ -73,67 +59,88 @@ class ConversionReport:
     inspections: list[Inspection]
     sources: list[Source] = field(default_factory=list)
     duplicates: list[Duplicates] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard to make: all that a process needs for it."""
-
-    store: Path
-    name: str
-    parts: list[tuple[Part, Path, Settled, np.ndarray[Any, Any]]]  # rows, file, its counts, gene numbers
-    gene_hashes: np.ndarray[Any, Any]
-    obs: list[ObsColumn]
-    options: Options
+    left_out: list[str] = field(default_factory=list)
 
 
 def convert(
     sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
+    sheet: str | os.PathLike[str] | None = None,
     append: bool = False,
     dry_run: bool = False,
     counts: str = "auto",
     gene_ids: str = "auto",
+    id_map: str | os.PathLike[str] | None = None,
     species: str | None = None,
+    where: str | None = None,
+    min_counts: float = 0,
+    min_genes: int = 0,
     allow_subset: bool = False,
     allow_length_normalised: bool = False,
+    allow_low_counts: bool = False,
     all_cells: bool = False,
-    workers: int = 1,
+    skip_bad: bool = False,
+    workers: int | None = 1,
+    memory: int = MEMORY,
+    scheduler: str | None = None,
+    part: tuple[int, int] | None = None,
+    finish: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> ConversionReport:
-    """Convert .h5ad files to a cell store.
+    """Convert files of cells to a cell store.
 
     Parameters
     ----------
     sources : path or paths
-        .h5ad files, or folders that hold some.
+        Files (.h5ad, .h5mu, .loom, 10x .h5), folders that are sources (Zarr, 10x .mtx) or hold some.
     out : path
         The store: new, or with `append` one that is there.
+    sheet : path, optional
+        CSV of further files with what holds for each of them alone (`read_sheet`).
     append : bool
         Add the files to a store as its next generation; readers of the current one are not disturbed.
     dry_run : bool
         Look at the files only; refused ones are in the report rather than raised.
     counts : str
-        "auto", "X", "raw", "layer:NAME", or "recover" for whole counts out of log1p values.
+        "auto", "X", "raw", "layer:NAME", "layers:A+B" for a sum, or "recover" for whole counts out of log1p values.
     gene_ids : str
         "auto" (found by content), "index", or a column of var.
+    id_map : path, optional
+        CSV or TSV of two columns: what files name a gene, and its id.
     species : str, optional
         The one species of the store: "human" unless given.
+    where : str, optional
+        Keep the cells for which this query of their metadata holds.
+    min_counts, min_genes : number
+        Keep the cells with at least so many counts, and genes with a count.
     allow_subset : bool
         Take files that measure under 10,000 genes.
     allow_length_normalised : bool
         Take TPM.
+    allow_low_counts : bool
+        Take files with a median under 200 counts a cell.
     all_cells : bool
-        Keep cells with ``is_primary_data == False``.
-    workers : int
-        Processes; each makes one shard at a time.
+        Keep cells with ``is_primary_data`` or ``filter_pass`` False.
+    skip_bad : bool
+        Make the store of the good files where some are refused; the report says which were left out.
+    workers : int, optional
+        Processes, each making a shard at a time; None for one a core, or this one alone for little data.
+        Scripts that ask for several need the usual ``if __name__ == "__main__"``.
+    memory : int
+        Bytes that all processes together may take; fewer are started where so many would not fit.
+    scheduler : str, optional
+        Address of a Dask scheduler, whose workers see the same files and do the work instead.
+    part : (int, int), optional
+        Make only part i (from 1) of n: for many machines at once that share a file system. Commits nothing.
+    finish : bool
+        Commit what the parts made, and make what they did not.
     shard_bytes : int
         Size at which a shard is full.
     progress : bool
-        Show a progress bar if the terminal can.
+        Show a progress bar if the terminal can, else a line now and then.
     log : callable, optional
         Receives one line a step.
 
@@ -148,165 +155,189 @@ def convert(
     UsageError
         Paths or options that do not fit.
     """
-    options = Options(counts, gene_ids, species, allow_subset, allow_length_normalised, all_cells)
-    say = log or (lambda _line: None)
     store = Path(out)
-    before = check_target(store, append=append)
-    if before is not None:
-        if species not in (None, before.species):
-            raise UsageError(f"{store}: holds {before.species} cells, not {species}; give another --out")
-        options = Options(counts, gene_ids, before.species, allow_subset, allow_length_normalised, all_cells)
-    files = find_files(sources)
+    again = append or (finish and (store / "manifest.json").exists())
+    before = check_target(store, append=again)
+    if before is not None and species not in (None, before.species):
+        raise UsageError(f"{store}: holds {before.species} cells, not {species}; give another --out")
+    options = Options(
+        counts=counts,
+        gene_ids=gene_ids,
+        species=before.species if before else species,
+        allow_subset=allow_subset,
+        allow_length_normalised=allow_length_normalised,
+        allow_low_counts=allow_low_counts,
+        all_cells=all_cells,
+        id_map=str(Path(id_map).absolute()) if id_map else None,
+        where=where,
+        min_counts=min_counts,
+        min_genes=min_genes,
+    )
+    samples = _samples(sources, sheet, options)
+    job = _Job(store, again, samples, skip_bad, workers, memory, scheduler, shard_bytes, log or (lambda _line: None))
     with Progress(show=progress) as bar:
-        inspections = [inspect(path, options) for path in bar.steps("looking at files", files)]
         if dry_run:
-            return ConversionReport(store, 0, sum(i.cells for i in inspections if not i.refused), 0, inspections)
-        refuse(inspections)
-        say(f"looked at {len(files)} file{'s' * (len(files) != 1)}: {sum(i.cells for i in inspections):,} cells")
-        with open_target(store, append=append) as before:
-            hash_files(inspections, before, bar.say)
-            manifest, plan = _make(store, before, inspections, options, workers, shard_bytes, bar, say)
-    report = _report(store, manifest, plan)
-    say(f"committed generation {manifest.generation} of {store}: {manifest.cells:,} cells, {manifest.genes:,} genes")
-    return report
+            return job.look(bar)
+        if part is not None:
+            return job.part(bar, *part)
+        return job.whole(bar)
 
 
-def _make(
-    store: Path,
-    before: Manifest | None,
-    inspections: list[Inspection],
+def _samples(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    sheet: str | os.PathLike[str] | None,
     options: Options,
-    workers: int,
-    shard_bytes: int,
-    bar: Progress,
-    say: Callable[[str], None],
-) -> tuple[Manifest, Plan]:
-    """Plan, write and commit; on any error nothing of it stays."""
-    while True:
-        genes = GeneTable.read(store / before.genes_file) if before else GeneTable()
-        panels = Panels.read(store / before.panels_file) if before else Panels()
-        plan = make_plan(inspections, before, genes, panels, shard_bytes)
-        if not sum(source.cells for source in plan.sources):
-            raise DataError(
-                f"{inspections[0].path}: no cell left to convert; --all-cells keeps those that are not primary"
+) -> list[Sample]:
+    """Return the files given and those of the sheet; what a sheet says of a file given holds for it."""
+    given = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    of_sheet = read_sheet(sheet, options) if sheet is not None else []
+    plain = [Sample(path, options) for path in find_sources(given)] if given or not of_sheet else []
+    listed = {sample.path.resolve() for sample in of_sheet}
+    if len(listed) < len(of_sheet):
+        raise UsageError(f"{sheet}: names a file twice; leave one line out")
+    return [sample for sample in plain if sample.path.resolve() not in listed] + of_sheet
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One conversion: what `convert` was asked for."""
+
+    store: Path
+    append: bool
+    samples: list[Sample]
+    skip_bad: bool
+    workers: int | None
+    memory: int
+    scheduler: str | None
+    shard_bytes: int
+    say: Callable[[str], None]
+
+    def look(self, bar: Progress) -> ConversionReport:
+        """Look at the files and write nothing."""
+        workers = fitting_workers(self.workers, self.memory)
+        with executor(workers if len(self.samples) >= 4 * workers else 1, self.scheduler) as run:
+            found = list(bar.steps("looking at files", run.map(inspect, self.samples), len(self.samples)))
+        return ConversionReport(self.store, 0, sum(i.cells for i in found if not i.refused), 0, found)
+
+    def whole(self, bar: Progress) -> ConversionReport:
+        """Plan, or go on with the plan of a conversion that was killed; make all shards; commit."""
+        with open_target(self.store, append=self.append) as before:
+            refuse_running_parts(self.store)
+            try:
+                plan, found = self._plan(before, bar)
+                self._work(plan, bar)
+                manifest = publish(self.store, before, plan)
+            except OSError as error:
+                sweep(self.store)
+                where = error.filename or self.store
+                mend = "see to room and rights, then run it again"
+                raise DataError(f"{where}: {error.strerror or error}; {mend}") from error
+            except Exception:
+                sweep(self.store)
+                raise
+            self.say(
+                f"wrote {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}, {manifest.values:,} values in all"
             )
-        try:
-            shards = _run(_tasks(store, plan, options), workers, bar)
-            manifest = _commit(store, plan, shards)
-        except NotWhole as error:
-            sweep(store)
-            (wrong,) = (i for i, found in enumerate(inspections) if str(error).startswith(f"{found.path}: "))
-            inspections[wrong] = as_fractional(inspections[wrong])
-            say(f"{inspections[wrong].path}: fractions among whole counts, starting again with counts as fractional")
-        except OSError as error:
-            sweep(store)
-            where = error.filename or store
-            raise DataError(f"{where}: {error.strerror or error}; see to room and rights, then run it again") from error
-        except BaseException:
-            sweep(store)
-            raise
-        else:
-            say(f"wrote {len(shards)} shard{'s' * (len(shards) != 1)}, {sum(s.values for s in shards):,} values")
-            return manifest, plan
+            left_out = [str(each.refused) for each in found if each.refused]
+            left_out += [each.left_out for each in amendments(plan) if each.left_out]
+            sweep(self.store)
+        added = list(manifest.sources[plan.first :])
+        copies = duplicates_of(self.store, manifest, plan.first)
+        cells, genes, generation = manifest.cells, manifest.genes, manifest.generation
+        self.say(f"committed generation {generation} of {self.store}: {cells:,} cells, {genes:,} genes")
+        return ConversionReport(self.store, generation, cells, genes, found, added, copies, left_out)
+
+    def part(self, bar: Progress, number: int, of: int) -> ConversionReport:
+        """Make one part's shards of a plan that the first part to come makes."""
+        if not 1 <= number <= of:
+            raise UsageError(f"--part {number}/{of}: parts go from 1/{of} to {of}/{of}")
+        found: list[Inspection] = []
+
+        def plan_here() -> None:
+            nonlocal found
+            with open_target(self.store, append=self.append) as before:
+                try:
+                    found = self._plan(before, bar)[1]
+                except Exception:
+                    refuse_running_parts(self.store)
+                    sweep(self.store)
+                    raise
+
+        plan = part_plan(self.store, self._request(), plan_here)
+        own = list(range(number - 1, len(plan.shards), of))
+        with writing(self.store, f"{PART_LOCK}{number}-of-{of}"):
+            outcomes = self._run(plan, own, bar)
+        failed = [outcome.reason for outcome in outcomes if outcome.record is None and not outcome.fractional]
+        cells = sum(outcome.record.cells for outcome in outcomes if outcome.record)
+        self.say(f"part {number} of {of}: {len(own)} of {len(plan.shards)} shards, {cells:,} cells")
+        return ConversionReport(self.store, 0, cells, plan.genes, found, left_out=failed)
+
+    def _request(self) -> str:
+        before = Manifest.open(self.store) if self.append else None
+        return request_hash(before, self.samples, self.shard_bytes, skip_bad=self.skip_bad)
+
+    def _plan(self, before: Manifest | None, bar: Progress) -> tuple[Plan, list[Inspection]]:
+        """Return the plan of a killed conversion of the same request, or make one; and what was found of the files."""
+        request = self._request()
+        plan = load_plan(self.store)
+        if plan is not None and plan.request == request:
+            done = sum(outcome_of(plan, number) is not None for number in range(len(plan.shards)))
+            self.say(f"going on with a conversion that was stopped: {done} of {len(plan.shards)} shards are there")
+            return plan, plan.inspections
+        refuse_running_parts(self.store)
+        sweep(self.store)
+        (self.store / PLAN).mkdir()
+        workers = fitting_workers(self.workers, self.memory)
+        with executor(workers if len(self.samples) >= 4 * workers else 1, self.scheduler) as run:
+            aside = [(self.store / PLAN).absolute()] * len(self.samples)
+            looks = run.map(inspect, self.samples, aside)
+            found = list(bar.steps("looking at files", looks, len(self.samples)))
+        refuse_repeated(found, before)
+        good = [each for each in found if each.refused is None]
+        if not self.skip_bad or not good:
+            refuse(found)
+        cells = sum(each.cells for each in good)
+        self.say(f"looked at {len(found)} file{'s' * (len(found) != 1)}: {cells:,} cells")
+        if not cells:
+            mend = "--all-cells keeps those that are not primary, --where names them"
+            raise DataError(f"{found[0].path}: no cell left to convert; {mend}")
+        return make_plan(self.store, request, before, good, self.shard_bytes), found
+
+    def _work(self, plan: Plan, bar: Progress) -> None:
+        """Make the shards; where a source turns out other than it looked, make those that hold it again."""
+        while True:
+            outcomes = self._run(plan, range(len(plan.shards)), bar)
+            failed = [outcome for outcome in outcomes if outcome.record is None]
+            if not failed:
+                return
+            bad = {each.source: each.reason for each in failed if not each.fractional}
+            if bad and not self.skip_bad:
+                if len(bad) == 1:
+                    raise DataError(next(iter(bad.values())))
+                raise DataError(f"{len(bad)} of {len(self.samples)} files are bad: " + " | ".join(bad.values()))
+            if len(bad) == len(plan.sources) - sum(bool(each.left_out) for each in amendments(plan)):
+                raise DataError(f"no good file is left: {' | '.join(bad.values())}")
+            for source in {each.source for each in failed if each.fractional} - set(bad):
+                path = plan.inspections[source - plan.first].path
+                self.say(f"{path}: fractions among whole counts, starting it again with counts as fractional")
+                amend(plan, [Amendment(source)])
+            for source, reason in bad.items():
+                self.say(f"left out: {reason}")
+                amend(plan, [Amendment(source, reason)])
+
+    def _run(self, plan: Plan, numbers: Iterable[int], bar: Progress) -> list[Outcome]:
+        """Return what became of the shards; those that were not made yet are made."""
+        outcomes = {number: outcome_of(plan, number) for number in numbers}
+        todo = [number for number, outcome in outcomes.items() if outcome is None]
+        workers = fitting_workers(self.workers, self.memory)
+        if self.workers is None and sum(found.values for found in plan.inspections) < _SMALL:
+            workers = 1
+        with executor(min(workers, len(todo)), self.scheduler if todo else None) as run, watching(bar, plan):
+            made = run.map(make_shard, [plan.store] * len(todo), todo)
+            outcomes |= dict(zip(todo, made, strict=True))
+        return [outcome for outcome in outcomes.values() if outcome is not None]
 
 
-def _tasks(store: Path, plan: Plan, options: Options) -> list[Task]:
-    first = len(plan.before.sources) if plan.before else 0
-    taken = {shard.name for shard in plan.before.shards} if plan.before else set()
-    names = (name for number in range(len(taken) + len(plan.shards) + 1) if (name := f"{number:05d}") not in taken)
-    hashes = plan.genes.hashes()
-    tasks = []
-    for parts, name in zip(plan.shards, names, strict=False):
-        own = []
-        for part in parts:
-            found = plan.inspections[part.source - first]
-            assert found.settled is not None
-            own.append((part, found.path, found.settled, plan.numbers[part.source - first]))
-        tasks.append(Task(store, name, own, hashes, plan.obs, options))
-    return tasks
-
-
-def _run(tasks: Sequence[Task], workers: int, bar: Progress) -> list[ShardRecord]:
-    """Make the shards, here or in several processes."""
-    cells = sum(part.stop - part.start for task in tasks for part, *_ in task.parts)
-    bar.start("converting cells", cells)
-    if workers <= 1 or len(tasks) == 1:
-        return [make_shard(task, bar.advance) for task in tasks]
-    shards = []
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=get_context("spawn")) as pool:
-        for task, shard in zip(tasks, pool.map(make_shard, tasks), strict=True):
-            bar.advance(sum(part.stop - part.start for part, *_ in task.parts))
-            shards.append(shard)
-    return shards
-
-
-def make_shard(task: Task, advance: Callable[[int], None] = lambda _cells: None) -> ShardRecord:
-    """Write one shard and return its record."""
-    fractional = any(settled.kind != UMI for _, _, settled, _ in task.parts)
-    writer = ShardWriter(task.store, task.name, task.gene_hashes, fractional=fractional)
-    tables = []
-    try:
-        for part, path, settled, numbers in task.parts:
-            with task.options.open(path, settled, task.store) as source:
-                obs = source.obs()
-                keep = kept_cells(obs, task.options)
-                for block in source.canonical(
-                    numbers, len(task.gene_hashes), start=part.start, stop=part.stop, keep=keep
-                ):
-                    writer.add(*block, part.source)
-                    advance(len(block[0]) - 1)
-            kept = keep.copy()
-            kept[: part.start] = kept[part.stop :] = False
-            tables.append(to_table(tidy(obs)[kept], task.obs))
-        return writer.finish(pa.concat_tables(tables).unify_dictionaries().combine_chunks())
-    except BaseException:
-        writer.abandon()
-        raise
-
-
-def _commit(store: Path, plan: Plan, shards: list[ShardRecord]) -> Manifest:
-    """Write the tables of the generation and then its manifest."""
-    before = plan.before
-    generation = before.generation + 1 if before else 1
-    genes_file, panels_file = f"genes-{generation}.parquet", f"panels-{generation}.parquet"
-    plan.genes.write(store / genes_file)
-    plan.panels.write(store / panels_file)
-    files = {name: FileRecord.of(store / name) for name in (genes_file, panels_file)}
-    earlier: tuple[str, ...] = ()
-    if before:
-        kept = generation_name(before.generation)
-        files = {**before.files, kept: FileRecord.of(store / kept), **files}
-        earlier = (*before.earlier, kept)
-    all_shards = (*(before.shards if before else ()), *shards)
-    manifest = Manifest(
-        generation=generation,
-        species=plan.species,
-        cells=sum(shard.cells for shard in all_shards),
-        genes=len(plan.genes),
-        values=sum(shard.values for shard in all_shards),
-        files=files,
-        genes_file=genes_file,
-        panels_file=panels_file,
-        shards=all_shards,
-        sources=(*(before.sources if before else ()), *plan.sources),
-        obs=tuple(plan.obs),
-        earlier=earlier,
-        neighbours=before.neighbours if before else {},
-    )
-    for found in plan.inspections:
-        check_unchanged(found)
-    manifest.commit(store)
-    return manifest
-
-
-def _report(store: Path, manifest: Manifest, plan: Plan) -> ConversionReport:
-    columns: dict[str, list[np.ndarray[Any, Any]]] = {"cell_hash.npy": [], "panels.npy": []}
-    for shard in manifest.shards:
-        for name, arrays in columns.items():
-            arrays.append(map_array(store / FOLDER / shard.name / name, shard.files.get(name)))
-    hashes, source_of = (np.concatenate(arrays) for arrays in columns.values())
-    first_new = len(manifest.sources) - len(plan.sources)
-    found = find_duplicates(hashes, source_of, [source.name for source in manifest.sources], first_new)
-    return ConversionReport(
-        store, manifest.generation, manifest.cells, manifest.genes, plan.inspections, plan.sources, found
-    )
+def make_shard(store: Path, number: int) -> Outcome:
+    """Make one shard of a store's plan: what each process runs."""
+    return attempt(store, number)

@@ -2,6 +2,7 @@
 """Files that are either whole on disk or not there: hashing, flushing, renaming."""
 
 import os
+import secrets
 from pathlib import Path
 
 import xxhash
@@ -16,6 +17,17 @@ def hash_file(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(HASHED_AT_ONCE):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_source(path: Path) -> str:
+    """Return the hash of a file, or of a folder: that of its files' paths within it and hashes, in order."""
+    if not path.is_dir():
+        return hash_file(path)
+    digest = xxhash.xxh3_64()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(path).as_posix()} {hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -34,8 +46,11 @@ def flush_directory(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that its name, at any moment and after any crash, shows the old bytes or the new ones."""
-    temporary = path.with_name(path.name + TEMPORARY)
+    """Write a file so that its name, at any moment and after any crash, shows the old bytes or the new ones.
+
+    Several processes may write the same bytes under one name at once: each has a temporary file of its own.
+    """
+    temporary = path.with_name(f"{path.name}-{secrets.token_hex(4)}{TEMPORARY}")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()

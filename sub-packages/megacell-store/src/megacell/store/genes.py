@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from megacell.store.durable import TEMPORARY, flush_file, move_into_place
 from megacell.store.errors import DataError, UsageError
 
 Texts = Sequence[str] | np.ndarray[Any, Any]
@@ -23,6 +22,7 @@ _VERSION = r"^(ENS[A-Z]*\d{11})\..*$"
 _SPIKE_IN = r"^ERCC-\d{5}$"
 _ANTIBODY = r"_TotalSeq-?[A-D]?$|^(ADT|HTO)[-_]"  # names in use where no type is given
 _MADE_UNIQUE = r"-\d+$"
+_MAPPED = "id map"
 _GENE_TYPES = {"gene expression", "rna", "gex", "gene"}
 _SYMBOL_COLUMNS = (
     "feature_name",
@@ -60,7 +60,13 @@ class Features:
     notes: list[str] = field(default_factory=list)
 
 
-def read_features(var: pd.DataFrame, where: str, gene_ids: str = "auto", other: pd.DataFrame | None = None) -> Features:
+def read_features(
+    var: pd.DataFrame,
+    where: str,
+    gene_ids: str = "auto",
+    other: pd.DataFrame | None = None,
+    id_map: Mapping[str, str] | None = None,
+) -> Features:
     """Find the genes of a file.
 
     Parameters
@@ -73,6 +79,8 @@ def read_features(var: pd.DataFrame, where: str, gene_ids: str = "auto", other: 
         "auto", "index", or a column's name.
     other : DataFrame, optional
         The file's main var where `var` is that of raw, which often lacks the features' types.
+    id_map : mapping, optional
+        Ids by the names that the file uses; names that it lacks stay as they are.
 
     Raises
     ------
@@ -85,6 +93,9 @@ def read_features(var: pd.DataFrame, where: str, gene_ids: str = "auto", other: 
     if gene_ids not in ("auto", *texts):
         raise UsageError(f"{where}: has no text column {gene_ids!r} in var; --gene-ids can be {', '.join(texts)}")
     notes: list[str] = []
+    if id_map:
+        texts = _mapped(texts, gene_ids, id_map, notes)
+        gene_ids = _MAPPED
     is_gene = _genes_only(var, texts["index"], where, other, notes)
     column = _most_ensembl(texts, is_gene) if gene_ids == "auto" else gene_ids
     symbols = _symbols(texts, column)
@@ -106,6 +117,46 @@ def read_features(var: pd.DataFrame, where: str, gene_ids: str = "auto", other: 
     is_gene &= ids != ""
     biotypes = next((texts[c] for c in _BIOTYPE_COLUMNS if c in texts), np.full(len(var), "", object))
     return _distinct(ids, symbols, biotypes, is_gene, "ensembl" if is_ensembl else "symbol", notes)
+
+
+def read_id_map(path: Path) -> dict[str, str]:
+    """Read a user's map: two columns, what files name a gene and its id, separated by comma or tab; no head needed.
+
+    Raises
+    ------
+    UsageError
+        It cannot be read.
+    DataError
+        A line without two fields, or a name with two ids.
+    """
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); give a CSV or TSV of two columns") from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        fields = [text.strip().strip('"') for text in line.split("\t" if "\t" in line else ",")]
+        if not line.strip():
+            continue
+        if len(fields) != 2 or not all(fields):
+            raise DataError(f"{path}, line {number}: needs a name and an id; mend the line")
+        if found.setdefault(fields[0], fields[1]) != fields[1]:
+            raise DataError(f"{path}, line {number}: {fields[0]!r} has two ids; leave one out")
+    return found
+
+
+def _mapped(
+    texts: dict[str, np.ndarray[Any, Any]], gene_ids: str, id_map: Mapping[str, str], notes: list[str]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the columns with one more: ids by the user's map, from the column named or that of most names in it."""
+    known = pd.Series(id_map, dtype=object)
+    column = gene_ids
+    if gene_ids == "auto":
+        column = max(texts, key=lambda name: int(pd.Index(texts[name]).isin(known.index).sum()))
+    own = pd.Series(texts[column], dtype=object)
+    found = own.map(known)
+    notes.append(f"{int(found.notna().sum()):,} genes named by the id map, from {column}")
+    return {**texts, _MAPPED: np.asarray(found.fillna(own), object)}
 
 
 def _distinct(
@@ -249,13 +300,10 @@ class GeneTable:
             raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
 
     def write(self, path: Path) -> None:
-        """Write the table, whole or not at all."""
+        """Write the table."""
         columns = {"gene_id": self.gene_ids, "symbol": self.symbols, "biotype": self.biotypes}
         table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-        temporary = path.with_name(path.name + TEMPORARY)
-        pq.write_table(table, temporary, compression="zstd")
-        flush_file(temporary)
-        move_into_place(temporary, path)
+        pq.write_table(table, path, compression="zstd")
 
 
 def symbol_map(pairs: Sequence[tuple[Texts, Texts]]) -> "pd.Series[str]":

@@ -16,15 +16,15 @@ NAME = ".lock"
 
 
 @contextmanager
-def writing(store: Path) -> Iterator[None]:
-    """Hold the store's lock; a lock whose process died on this machine is taken over.
+def writing(store: Path, name: str = NAME) -> Iterator[None]:
+    """Hold the store's lock, or another of that name; one whose process died on this machine is taken over.
 
     Raises
     ------
     DataError
         Another process, or one of another machine that cannot be asked, is writing.
     """
-    lock = store / NAME
+    lock = store / name
     mine = json.dumps({**_self(), "token": secrets.token_hex(8)}).encode()
     try:
         _create(lock, mine)
@@ -78,6 +78,11 @@ def _take_over(lock: Path, mine: bytes) -> None:
         os.replace(temporary, lock)
     finally:
         claim.unlink()
+
+
+def is_held(lock: Path) -> bool:
+    """True if a lock is there and its process may live."""
+    return lock.exists() and _dead_token(lock) is None and lock.exists()
 
 
 def _dead_token(lock: Path) -> str | None:

@@ -61,18 +61,23 @@ def _describe(name: str, column: pd.Series) -> ObsColumn:
     return ObsColumn(name, "string")
 
 
-def unite(schemas: Sequence[Sequence[ObsColumn]]) -> list[ObsColumn]:
-    """Return one schema for several: categories united in order, whole and real numbers real, other conflicts text."""
+def unite(schemas: Sequence[Sequence[ObsColumn]], *, settle: bool = True) -> list[ObsColumn]:
+    """Return one schema for several: categories united in order, whole and real numbers real, other conflicts text.
+
+    Unless more schemas will follow (`settle` False), a column without any value becomes one of real numbers.
+    """
     united: dict[str, ObsColumn] = {}
     for column in (column for schema in schemas for column in schema):
         known = united.get(column.name)
         united[column.name] = column if known is None else _unite(known, column)
-    return [ObsColumn(c.name, "number") if c.kind == EMPTY else c for c in united.values()]
+    return [ObsColumn(c.name, "number") if settle and c.kind == EMPTY else c for c in united.values()]
 
 
 def _unite(a: ObsColumn, b: ObsColumn) -> ObsColumn:
     kinds = {a.kind, b.kind}
     if kinds == {"category"}:
+        if a.categories == b.categories and a.ordered == b.ordered:
+            return a
         categories = tuple(dict.fromkeys((a.categories or ()) + (b.categories or ())))
         if len(categories) <= MOST_CATEGORIES:
             return ObsColumn(a.name, "category", categories, a.ordered and b.ordered and a.categories == b.categories)

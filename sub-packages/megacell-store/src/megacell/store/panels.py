@@ -1,57 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which genes each source measured: measured and zero is not the same as not measured."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
-from megacell.store.durable import TEMPORARY, flush_file, move_into_place
 from megacell.store.errors import DataError
 
 Array = np.ndarray[Any, Any]
 
 
-class Panels:
-    """The distinct panels of a store's sources, numbered; equal ones stand once.
+class PanelWriter:
+    """Writes the distinct panels of a store's sources, numbered as they come, one a row group; holds none of them.
 
-    A panel is a sorted uint32 array of gene numbers.
+    A panel is a sorted uint32 array of gene numbers. A context manager.
+
+    Parameters
+    ----------
+    path : Path
+        The file to make.
+    before : Path, optional
+        The panels of the generation before, which keep their numbers.
     """
 
-    def __init__(self, panels: Sequence[Array] = ()) -> None:
-        self.panels = list(panels)
-        self._number = {panel.tobytes(): i for i, panel in enumerate(self.panels)}
+    def __init__(self, path: Path, before: Path | None = None) -> None:
+        self._path, self._number = path, dict[bytes, int]()
+        self._schema = pa.schema([("genes", pa.list_(pa.uint32()))])
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        for panel in _read(before) if before else ():
+            self.add(panel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
 
     def add(self, panel: Array) -> int:
-        """Return a panel's number."""
+        """Return a panel's number; it is written unless an equal one was."""
         panel = np.ascontiguousarray(panel, np.uint32)
-        number = self._number.setdefault(panel.tobytes(), len(self.panels))
-        if number == len(self.panels):
-            self.panels.append(panel)
+        key, length = xxhash.xxh3_128_digest(panel.tobytes()), len(self._number)
+        number = self._number.setdefault(key, length)
+        if number == length:
+            offsets = pa.array([0, len(panel)], pa.int32())
+            genes = pa.ListArray.from_arrays(offsets, pa.array(panel, pa.uint32()))
+            self._writer.write_table(pa.table([genes], schema=self._schema))
         return number
 
-    def write(self, path: Path) -> None:
-        """Write the panels, one a row group, so that one can be read without the others."""
-        temporary = path.with_name(path.name + TEMPORARY)
-        schema = pa.schema([("genes", pa.list_(pa.uint32()))])
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for panel in self.panels:
-                offsets = pa.array([0, len(panel)], pa.int32())
-                genes = pa.ListArray.from_arrays(offsets, pa.array(panel, pa.uint32()))
-                writer.write_table(pa.table([genes], schema=schema))
-        flush_file(temporary)
-        move_into_place(temporary, path)
 
-    @classmethod
-    def read(cls, path: Path) -> "Panels":
-        """Read all panels of a store."""
-        try:
-            return cls([_numbers(part) for part in pq.read_table(path)["genes"].chunks for part in _rows(part)])
-        except (OSError, KeyError, pa.ArrowInvalid) as error:
-            raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
+def _read(path: Path) -> Iterator[Array]:
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                for lists in file.read_row_group(group)["genes"].chunks:
+                    for i in range(len(lists)):
+                        yield _numbers(lists.slice(i, 1))
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
 
 
 def read_panel(path: Path, number: int) -> Array:
@@ -61,10 +71,6 @@ def read_panel(path: Path, number: int) -> Array:
             return _numbers(file.read_row_group(number)["genes"].combine_chunks())
     except (OSError, KeyError, IndexError, pa.ArrowInvalid) as error:
         raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
-
-
-def _rows(lists: pa.ListArray) -> list[pa.ListArray]:
-    return [lists.slice(i, 1) for i in range(len(lists))]
 
 
 def _numbers(lists: pa.ListArray) -> Array:

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion will do: each file looked at and judged, genes and metadata united, the work cut into shards."""
+"""What a conversion will do, written down in a folder of the store so that any process on any machine can do its part.
 
-import os
+The folder ``plan.tmp`` is no part of the format: readers do not see it, and a commit takes it away. It holds
+``plan.json``, the tables of the generation to come, gene numbers by list of genes, and for each shard that is
+finished or failed a file that says so. A conversion that was killed finds it and goes on.
+"""
+
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,85 +18,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from megacell.store.counts import FRACTIONAL, LENGTH_NORMALISED, UMI
-from megacell.store.durable import hash_file
-from megacell.store.errors import DataError, MegacellError, UsageError
-from megacell.store.genes import FEWEST, GeneTable, symbol_map
+from megacell.store.counts import FRACTIONAL, UMI
+from megacell.store.durable import TEMPORARY, write_whole
+from megacell.store.genes import GeneTable, symbol_map
+from megacell.store.inspection import Inspection, read_features
 from megacell.store.manifest import Manifest, ObsColumn, Source
-from megacell.store.obs import describe, tidy, unite
-from megacell.store.panels import Panels
-from megacell.store.sources.h5ad import H5adSource, open_h5ad
-from megacell.store.sources.h5ad_counts import Settled
-from megacell.store.species import settle_species
+from megacell.store.obs import unite
+from megacell.store.panels import PanelWriter
+from megacell.store.shard import FOLDER
 
-SUFFIX = ".h5ad"
+Array = np.ndarray[Any, Any]
+PLAN = f"plan{TEMPORARY}"
+GENES, PANELS, HASHES = "genes.parquet", "panels.parquet", "gene_hashes.npy"
 _BYTES_OF = {UMI: 3, FRACTIONAL: 6}  # of one stored value, with a byte's or float32's count and a uint16 gene
-
-
-@dataclass(frozen=True)
-class Options:
-    """How sources are read; the same for all files of a conversion. `convert` documents the fields."""
-
-    counts: str = "auto"
-    gene_ids: str = "auto"
-    species: str | None = None
-    allow_subset: bool = False
-    allow_length_normalised: bool = False
-    all_cells: bool = False
-
-    def open(self, path: Path, settled: Settled | None = None, scratch: Path | None = None) -> H5adSource:
-        """Open one file; `settled` and `scratch` as for `open_h5ad`."""
-        return open_h5ad(
-            path,
-            self.counts,
-            self.gene_ids,
-            allow_length_normalised=self.allow_length_normalised,
-            scratch=scratch,
-            settled=settled,
-        )
-
-
-@dataclass(frozen=True)
-class State:
-    """What says that a file is still the one that was looked at."""
-
-    size: int
-    modified: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> "State":
-        """Look at a file."""
-        stat = os.stat(path)
-        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@dataclass
-class Inspection:
-    """One file as it was found: either `refused`, or what the conversion needs to know of it."""
-
-    path: Path
-    refused: MegacellError | None = None
-    state: State | None = None
-    hash: str = ""
-    rows: int = 0
-    cells: int = 0
-    values: int = 0
-    kind: str = ""
-    matrix: str = ""
-    settled: Settled | None = None
-    ids: str = ""
-    species: str = ""
-    gene_ids: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, object))
-    symbols: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, object))
-    biotypes: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, object))
-    obs: list[ObsColumn] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def subset(self) -> bool:
-        """True if it measured too few genes for medians."""
-        return len(self.gene_ids) < FEWEST
 
 
 @dataclass(frozen=True)
@@ -104,43 +44,175 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole generation, ready to be made."""
+    """A whole generation, ready to be made.
 
-    before: Manifest | None
+    Attributes
+    ----------
+    store : Path
+    request : str
+        What was asked for, as a hash: a plan for the same request can be gone on with.
+    first : int
+        Number of the first source of this conversion.
+    genes : int
+        Of the whole store.
+    inspections, sources
+        By source of this conversion; cells are as far as known without the counts.
+    obs : list of ObsColumn
+        Of the whole store.
+    names, shards
+        By shard of this conversion.
+    """
+
+    store: Path
+    request: str
     species: str
+    first: int
+    genes: int
     inspections: list[Inspection]
-    sources: list[Source]  # of this conversion; number of the first = len(before.sources)
-    numbers: list[np.ndarray[Any, Any]]  # gene numbers, int32, by source of this conversion
-    genes: GeneTable
-    panels: Panels
+    sources: list[Source]
     obs: list[ObsColumn]
+    names: list[str]
     shards: list[list[Part]]
 
+    @property
+    def folder(self) -> Path:
+        """Where the plan lies."""
+        return self.store / PLAN
 
-def find_files(sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Return the .h5ad files that paths and folders name, each once, folders' files by name.
+    def numbers(self, source: int) -> Array:
+        """Return the store's number of each gene of a source of this conversion: int32."""
+        numbers: Array = np.load(self.folder / f"{self.inspections[source].features}.npy")
+        return numbers
 
-    Raises
-    ------
-    UsageError
-        A path that is not there, or nothing found.
+    def save(self) -> None:
+        """Write plan.json; from then on the conversion can be gone on with."""
+        content = {
+            **{name: value for name, value in vars(self).items() if name != "store"},
+            "inspections": [found.to_json() for found in self.inspections],
+            "sources": [asdict(source) for source in self.sources],
+            "obs": [asdict(column) for column in self.obs],
+            "shards": [[[p.source, p.start, p.stop] for p in parts] for parts in self.shards],
+        }
+        write_whole(self.folder / "plan.json", json.dumps(content).encode())
+
+
+def load_plan(store: Path) -> Plan | None:
+    """Read the plan that an unfinished conversion left, None if there is none."""
+    path = store / PLAN / "plan.json"
+    try:
+        return _load(store.absolute(), path.stat().st_mtime_ns)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=2)
+def _load(store: Path, _modified: int) -> Plan:
+    content = json.loads((store / PLAN / "plan.json").read_bytes())
+    own = {
+        "store": store,
+        "inspections": [Inspection.from_json(each) for each in content["inspections"]],
+        "sources": [Source(**{**each, "notes": tuple(each["notes"])}) for each in content["sources"]],
+        "obs": [ObsColumn(**{**c, "categories": c["categories"] and tuple(c["categories"])}) for c in content["obs"]],
+        "shards": [[Part(*part) for part in parts] for parts in content["shards"]],
+    }
+    return Plan(**{**content, **own})
+
+
+def make_plan(
+    store: Path, request: str, before: Manifest | None, inspections: Iterable[Inspection], shard_bytes: int
+) -> Plan:
+    """Unite what the sources hold with what the store holds, cut the work into shards and write it all down.
+
+    Inspections are taken one by one; the metadata's categories of no more than one are held beside their union.
     """
-    given = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    found: dict[Path, Path] = {}
-    for path in map(Path, given):
-        if path.is_dir():
-            files = sorted(p for p in path.rglob(f"*{SUFFIX}") if p.is_file() and not p.name.startswith("."))
-            if not files:
-                raise UsageError(f"{path}: no {SUFFIX} file in this folder")
-        elif path.exists():
-            files = [path]
-        else:
-            raise UsageError(f"{path}: no such file or folder")
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    if not found:
-        raise UsageError(f"no sources given; name {SUFFIX} files or folders that hold some")
-    return list(found.values())
+    folder = store / PLAN
+    good, obs = [], list(before.obs) if before else []
+    for found in inspections:
+        obs = unite([obs, found.obs], settle=False)
+        good.append(replace(found, obs=[]))
+    genes = GeneTable.read(store / before.genes_file) if before else GeneTable()
+    first = len(before.sources) if before else 0
+    names = name_sources([found.path for found in good], [s.name for s in before.sources] if before else [])
+    with PanelWriter(folder / PANELS, store / before.panels_file if before else None) as panels:
+        sources = _number_genes(folder, good, names, genes, panels)
+    genes.write(folder / GENES)
+    np.save(folder / HASHES, genes.hashes())
+    shards = _pack([_parts(first + i, found, shard_bytes) for i, found in enumerate(good)], good, first, shard_bytes)
+    taken = {shard.name for shard in before.shards} if before else set()
+    free = (name for number in range(len(taken) + len(shards)) if (name := f"{number:05d}") not in taken)
+    plan = Plan(
+        store=store.absolute(),
+        request=request,
+        species=good[0].species,
+        first=first,
+        genes=len(genes),
+        inspections=good,
+        sources=sources,
+        obs=unite([obs]),
+        names=[name for name, _ in zip(free, shards, strict=False)],
+        shards=shards,
+    )
+    plan.save()
+    return plan
+
+
+def _number_genes(
+    folder: Path, good: Sequence[Inspection], names: Sequence[str], genes: GeneTable, panels: PanelWriter
+) -> list[Source]:
+    """Add the sources' genes to the table, each distinct list once; write their numbers; return the records."""
+    known = None
+    if any(found.ids == "symbol" for found in good):
+        known = _known_symbols(folder, good, genes)
+    of_list: dict[str, tuple[int, int, tuple[str, ...]]] = {}
+    sources = []
+    for name, found in zip(names, good, strict=True):
+        if found.features not in of_list:
+            ids, symbols, biotypes = read_features(folder, found.features)
+            notes: tuple[str, ...] = ()
+            if found.ids == "symbol" and known is not None:
+                mapped = known.reindex(ids)
+                n = int(mapped.notna().sum())
+                ids = np.where(mapped.notna(), mapped.to_numpy(object), ids)
+                rest = f"{len(ids) - n:,} keep their symbol"
+                notes = (f"symbols only: {n:,} have an id by the other sources, {rest}",)
+            numbers = genes.add(ids, symbols, biotypes)
+            np.save(folder / f"{found.features}.npy", numbers)
+            measured = np.unique(numbers).astype(np.uint32)
+            of_list[found.features] = len(measured), panels.add(measured), notes
+        measured_genes, panel, notes = of_list[found.features]
+        sources.append(_record(name, found, measured_genes, panel, notes))
+    return sources
+
+
+def _known_symbols(folder: Path, good: Sequence[Inspection], genes: GeneTable) -> Any:
+    """Return id by symbol over the store's table and all sources that name ids, list by list."""
+    pairs = pd.DataFrame({"id": genes.gene_ids, "symbol": genes.symbols}, dtype=object)
+    for features in dict.fromkeys(found.features for found in good if found.ids == "ensembl"):
+        ids, symbols, _ = read_features(folder, features)
+        own = pd.DataFrame({"id": ids, "symbol": symbols}, dtype=object)
+        pairs = pd.concat([pairs, own], ignore_index=True).drop_duplicates()
+    return symbol_map([(pairs["id"].to_numpy(object), pairs["symbol"].to_numpy(object))])
+
+
+def _record(name: str, found: Inspection, genes: int, panel: int, notes: tuple[str, ...]) -> Source:
+    assert found.state is not None
+    return Source(
+        name=name,
+        file=found.path.name,
+        format=found.format,
+        size=found.state.size,
+        hash=found.hash,
+        rows=found.rows,
+        cells=found.cells,
+        kind=found.kind,
+        matrix=found.matrix,
+        ids=found.ids,
+        genes=genes,
+        panel=panel,
+        subset=found.subset,
+        species=found.species,
+        notes=(*found.notes, *notes),
+    )
 
 
 def name_sources(paths: Sequence[Path], taken: Iterable[str] = ()) -> list[str]:
@@ -163,139 +235,6 @@ def name_sources(paths: Sequence[Path], taken: Iterable[str] = ()) -> list[str]:
     return names
 
 
-def inspect(path: Path, options: Options) -> Inspection:
-    """Look at one file without reading all of it; what speaks against it is kept, not raised."""
-    found = Inspection(path)
-    try:
-        found.state = State.of(path)
-        with options.open(path) as source:
-            _look(found, source, options)
-    except MegacellError as error:
-        found.refused = error
-    except OSError as error:
-        found.refused = DataError(f"{path}: cannot be read ({error}); check the file and its rights")
-    return found
-
-
-def _look(found: Inspection, source: H5adSource, options: Options) -> None:
-    obs = source.obs()
-    keep = kept_cells(obs, options)
-    found.rows, found.cells = len(obs), int(keep.sum())
-    found.kind, found.matrix, found.ids = source.kind, source.matrix, source.ids
-    found.settled = source.settled
-    found.gene_ids, found.symbols, found.biotypes = source.gene_ids, source.symbols, source.biotypes
-    found.values = source.stored_values
-    found.obs = describe(tidy(obs))
-    found.notes = list(source.notes)
-    if skipped := found.rows - found.cells:
-        found.notes.append(f"{skipped:,} cells with is_primary_data == False skipped")
-    found.species, note = settle_species(
-        source.gene_ids, source.symbols, source.stated_species, options.species, str(found.path)
-    )
-    found.notes += [note] if note else []
-    if found.subset:
-        if not options.allow_subset:
-            mend = "give all genes, or --allow-subset (medians will leave the source out)"
-            raise DataError(f"{found.path}: {found.matrix} measures only {len(source.gene_ids):,} genes; {mend}")
-        found.notes.append(f"a subset of {len(source.gene_ids):,} genes: no use for medians")
-    if found.kind == LENGTH_NORMALISED:
-        found.notes.append("length-normalised: medians of counts do not apply")
-
-
-def kept_cells(obs: pd.DataFrame, options: Options) -> np.ndarray[Any, Any]:
-    """Return bool [rows]: all but those that the file says are copies of another data set's cells."""
-    if options.all_cells or "is_primary_data" not in obs:
-        return np.ones(len(obs), bool)
-    primary = obs["is_primary_data"].astype(object).astype(str).str.strip().str.lower()
-    return np.asarray(~primary.isin(["false", "0", "0.0"]))
-
-
-def refuse(inspections: Sequence[Inspection]) -> None:
-    """Raise for files that were refused: the error itself if it is one, else all of them in a line."""
-    errors = [i.refused for i in inspections if i.refused is not None]
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        kind = UsageError if all(isinstance(e, UsageError) for e in errors) else DataError
-        raise kind(f"{len(errors)} of {len(inspections)} files refused: " + " | ".join(map(str, errors)))
-
-
-def hash_files(inspections: Sequence[Inspection], before: Manifest | None, advance: Callable[[str], None]) -> None:
-    """Fill in the files' hashes and refuse one whose very bytes are in the store, or in the conversion, already."""
-    known = {source.hash: f"source {source.name!r} of the store" for source in (before.sources if before else ())}
-    for found in inspections:
-        advance(f"hashing {found.path.name}")
-        found.hash = hash_file(found.path)
-        if found.hash in known:
-            raise DataError(f"{found.path}: the same bytes as {known[found.hash]}; leave it out")
-        known[found.hash] = str(found.path)
-        check_unchanged(found)
-
-
-def check_unchanged(found: Inspection) -> None:
-    """Raise if a file is no longer the one that was looked at."""
-    if State.of(found.path) != found.state:
-        raise DataError(f"{found.path}: changed while it was read; convert again when nothing writes to it")
-
-
-def make_plan(
-    inspections: list[Inspection], before: Manifest | None, genes: GeneTable, panels: Panels, shard_bytes: int
-) -> Plan:
-    """Unite what the files hold with what the store holds, and cut the work into shards."""
-    known = symbol_map(
-        [(genes.gene_ids, genes.symbols)] + [(i.gene_ids, i.symbols) for i in inspections if i.ids == "ensembl"]
-    )
-    names = name_sources([i.path for i in inspections], [s.name for s in before.sources] if before else [])
-    numbers, sources = [], []
-    for name, found in zip(names, inspections, strict=True):
-        ids, notes = found.gene_ids, list(found.notes)
-        if found.ids == "symbol":
-            mapped = known.reindex(ids)
-            n = int(mapped.notna().sum())
-            ids = np.where(mapped.notna(), mapped.to_numpy(object), ids)
-            rest = f"{len(ids) - n:,} keep their symbol"
-            notes.append(f"symbols only: {n:,} have an id by the other sources, {rest}")
-        own = genes.add(ids, found.symbols, found.biotypes)
-        numbers.append(own)
-        sources.append(_record(name, found, own, notes, panels))
-    first = len(before.sources) if before else 0
-    parts = [_parts(first + i, found, shard_bytes) for i, found in enumerate(inspections)]
-    schemas = [list(before.obs)] if before else []
-    return Plan(
-        before=before,
-        species=inspections[0].species,
-        inspections=inspections,
-        sources=sources,
-        numbers=numbers,
-        genes=genes,
-        panels=panels,
-        obs=unite(schemas + [found.obs for found in inspections]),
-        shards=_pack(parts, inspections, first, shard_bytes),
-    )
-
-
-def _record(name: str, found: Inspection, numbers: np.ndarray[Any, Any], notes: list[str], panels: Panels) -> Source:
-    measured = np.unique(numbers).astype(np.uint32)
-    assert found.state is not None
-    return Source(
-        name=name,
-        file=found.path.name,
-        format="h5ad",
-        size=found.state.size,
-        hash=found.hash,
-        rows=found.rows,
-        cells=found.cells,
-        kind=found.kind,
-        matrix=found.matrix,
-        ids=found.ids,
-        genes=len(measured),
-        panel=panels.add(measured),
-        subset=found.subset,
-        species=found.species,
-        notes=tuple(notes),
-    )
-
-
 def _parts(source: int, found: Inspection, shard_bytes: int) -> list[Part]:
     """Cut a file by rows so that no part fills more than a shard."""
     size = found.values * _BYTES_OF.get(found.kind, 6)
@@ -313,14 +252,12 @@ def _pack(parts: list[list[Part]], inspections: list[Inspection], first: int, sh
             size = found.values * _BYTES_OF.get(found.kind, 6) * (part.stop - part.start) / max(1, found.rows)
             if not shards or filled + size > shard_bytes or whole != (found.kind == UMI):
                 shards.append([])
-                filled, whole = 0.0, found.kind == "umi"
+                filled, whole = 0.0, found.kind == UMI
             shards[-1].append(part)
             filled += size
     return shards
 
 
-def as_fractional(found: Inspection) -> Inspection:
-    """Return a source that turned out to hold fractions further on than it was judged by."""
-    assert found.settled is not None
-    settled = replace(found.settled, kind=FRACTIONAL)
-    return replace(found, kind=FRACTIONAL, settled=settled, notes=[*found.notes, "fractions among whole counts"])
+def shard_folder(store: Path, name: str) -> Path:
+    """Return where a shard is, or will be."""
+    return store / FOLDER / name

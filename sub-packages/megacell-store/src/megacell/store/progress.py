@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A progress bar where there is a terminal, nothing where there is none."""
+"""A progress bar where there is a terminal; where there is none, a line on standard error now and then."""
 
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from megacell.store.durable import TEMPORARY
+
+if TYPE_CHECKING:
+    from megacell.store.plan import Plan
 
 Item = TypeVar("Item")
+EVERY = 30.0  # seconds between lines where there is no terminal
+_LOOK = 0.5  # seconds between looks at what was written
+_HEADER, _CELL = 128, 4  # bytes of panels.npy: its header, and each cell
 
 
 class Progress:
@@ -20,6 +32,8 @@ class Progress:
     def __init__(self, *, show: bool) -> None:
         self._bar: Any = None
         self._task: Any = None
+        self.show = show
+        self._text, self._total, self._done, self._begun, self._said = "", 0, 0, 0.0, 0.0
         if show:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -43,6 +57,8 @@ class Progress:
 
     def start(self, text: str, total: int) -> None:
         """Begin a step of `total` units."""
+        self._text, self._total, self._done = text, total, 0
+        self._begun = self._said = time.monotonic()
         if self._bar:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -50,17 +66,63 @@ class Progress:
 
     def advance(self, units: int) -> None:
         """Count units of the step as done."""
-        if self._bar:
-            self._bar.advance(self._task, units)
+        self.reach(self._done + units)
 
-    def say(self, text: str) -> None:
-        """Change the step's text."""
+    def reach(self, done: int) -> None:
+        """Say how many units of the step are done."""
+        self._done = done
         if self._bar:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, completed=done)
+        elif self.show and time.monotonic() - self._said > EVERY:
+            self._said = time.monotonic()
+            print(self.line(self._said - self._begun), file=sys.stderr, flush=True)
 
-    def steps(self, text: str, items: Sequence[Item]) -> Iterator[Item]:
+    def line(self, seconds: float) -> str:
+        """Return how far the step is after so many seconds, and when it will be done."""
+        rate = self._done / max(seconds, 1e-9)
+        left = (self._total - self._done) / rate if rate else float("inf")
+        eta = f"{left / 60:,.0f} min left" if left < 1e7 else "no end in sight"
+        share = f"{self._done:,} of {self._total:,} ({self._done / max(1, self._total):.0%})"
+        return f"{self._text}: {share}, {rate:,.0f}/s, {eta}"
+
+    def steps(self, text: str, items: Iterable[Item], total: int) -> Iterator[Item]:
         """Yield the items, a unit each."""
-        self.start(text, len(items))
+        self.start(text, total)
         for item in items:
             yield item
             self.advance(1)
+
+
+@contextmanager
+def watching(bar: Progress, plan: "Plan") -> Iterator[None]:
+    """Show how many cells of a plan are written, by whatever process on whatever machine: its files tell."""
+    if not bar.show:
+        yield
+        return
+    bar.start("converting cells", sum(found.cells for found in plan.inspections))
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(_LOOK):
+            bar.reach(_written(plan))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _written(plan: "Plan") -> int:
+    cells = 0
+    for name in plan.names:
+        for folder in (name, name + TEMPORARY):
+            try:
+                size = (plan.store / "shards" / folder / "panels.npy").stat().st_size
+            except OSError:
+                continue
+            cells += max(0, size - _HEADER) // _CELL
+            break
+    return cells

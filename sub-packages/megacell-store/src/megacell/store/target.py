@@ -38,7 +38,7 @@ def check_target(store: Path, *, append: bool) -> Manifest | None:
 
 @contextmanager
 def open_target(store: Path, *, append: bool) -> Iterator[Manifest | None]:
-    """Make or take the folder, lock it, clear what a killed conversion left; yield the manifest to append to.
+    """Make or take the folder and lock it; yield the manifest to append to.
 
     A folder that did not become a store is taken away again.
     """
@@ -46,9 +46,7 @@ def open_target(store: Path, *, append: bool) -> Iterator[Manifest | None]:
     flush_directory(store.parent)
     try:
         with writing(store):
-            before = check_target(store, append=append)  # again: another conversion may have come between
-            sweep(store)
-            yield before
+            yield check_target(store, append=append)  # again: another conversion may have come between
     finally:
         if not (store / NAME).exists() and not any(store.iterdir()):
             store.rmdir()
@@ -73,7 +71,7 @@ def sweep(store: Path) -> None:
         if manifest is None:
             folder.rmdir()
     for entry in store.iterdir():
-        if entry.name.endswith(TEMPORARY) and entry.is_dir():  # a transposed matrix
+        if entry.name.endswith(TEMPORARY) and entry.is_dir():  # a plan, a transposed matrix
             shutil.rmtree(entry)
         elif entry.name not in named and (entry.name.startswith((*_TABLES, LOCK)) or entry.name.endswith(TEMPORARY)):
             entry.unlink(missing_ok=True)

@@ -8,12 +8,11 @@ Whatever the layout, a block is ``(first row, indptr int64 [rows + 1], columns i
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from megacell.store.compiled import compiled
@@ -34,6 +33,7 @@ class Matrix(ABC):
         self.node, self.place = node, place
         self.scratch: Path | None = None  # the system's own unless set
         self.shape: tuple[int, int] = (0, 0)
+        self.sampled: tuple[Array, Array] | None = None  # what a look at some cells found, kept for the next look
 
     @abstractmethod
     def blocks(self, start: int, stop: int, rows: int = ROWS) -> Iterator[Block]:
@@ -53,8 +53,13 @@ class Matrix(ABC):
         try:
             yield
         except DAMAGE as error:
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            line = first_line(error)
             raise DataError(f"{self.place}: cannot be read ({line}); the file is damaged, fetch it again") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's message without what follows its first line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def open_matrix(node: Any, place: str, n_rows: int | None = None, n_columns: int | None = None) -> Matrix:
@@ -65,7 +70,7 @@ def open_matrix(node: Any, place: str, n_rows: int | None = None, n_columns: int
     DataError
         An encoding that is not known, or a shape that does not fit obs and var.
     """
-    if isinstance(node, h5py.Dataset):
+    if hasattr(node, "shape") and hasattr(node, "dtype"):  # a dataset of HDF5, an array of Zarr
         matrix: Matrix = Dense(node, place)
     else:
         encoding = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
@@ -116,37 +121,107 @@ class Dense(Matrix):
         return indptr, column.astype(np.int32), _values(block[row, column])
 
 
-class _Sparse(Matrix, ABC):
-    """What CSR and CSC share: three datasets, and the checks without which a compiled loop would read astray."""
+class Columns(Dense):
+    """A dense dataset with cells in its columns, as Loom has it."""
 
     def __init__(self, node: Any, place: str) -> None:
         super().__init__(node, place)
+        self.shape = self.shape[1], self.shape[0]
+        chunk = node.chunks[1] if node.chunks else 64
+        self._step = max(chunk, VALUES // max(1, self.shape[1]) // chunk * chunk)  # whole chunks are read once
+
+    def blocks(self, start: int, stop: int, rows: int = ROWS) -> Iterator[Block]:
+        for low in range(start - start % self._step, stop, self._step):
+            first, last = max(low, start), min(low + self._step, stop)
+            with self.reading():
+                block = np.ascontiguousarray(self.node[:, first:last].T)
+            for begin in range(0, last - first, rows):
+                yield (first + begin, *self._sparse(block[begin : begin + rows]))
+
+    def sample(self, rows: Array) -> Block:
         with self.reading():
-            shape = node.attrs["shape"] if "shape" in node.attrs else node.attrs["h5sparse_shape"]
+            runs = [self.node[:, a:b].T for a, b in _runs(rows)]
+        return (0, *self._sparse(np.concatenate(runs) if runs else np.zeros((0, self.shape[1]), np.float32)))
+
+
+class Sum(Matrix):
+    """Several matrices of the same cells and genes, added up (spliced and unspliced, say)."""
+
+    def __init__(self, parts: Sequence[Matrix], place: str) -> None:
+        super().__init__(None, place)
+        self.parts, self.shape = parts, parts[0].shape
+
+    def blocks(self, start: int, stop: int, rows: int = ROWS) -> Iterator[Block]:
+        for part in self.parts:
+            part.scratch = self.scratch
+        streams = [part.blocks(start, stop, rows) for part in self.parts]
+        held = [next(stream, None) for stream in streams]
+        while all(block is not None for block in held):
+            blocks = [block for block in held if block is not None]
+            n = min(len(block[1]) - 1 for block in blocks)
+            yield blocks[0][0], *_beside([_rows(block, 0, n) for block in blocks])
+            held = [
+                _rows(block, n, len(block[1]) - 1) if len(block[1]) - 1 > n else next(stream, None)
+                for block, stream in zip(blocks, streams, strict=True)
+            ]
+
+    def sample(self, rows: Array) -> Block:
+        return 0, *_beside([part.sample(rows) for part in self.parts])
+
+    def stored(self) -> int:
+        return sum(part.stored() for part in self.parts)
+
+
+def _rows(block: Block, start: int, stop: int) -> Block:
+    first, indptr, columns, values = block
+    low, high = indptr[start], indptr[stop]
+    return first + start, indptr[start : stop + 1] - low, columns[low:high], values[low:high]
+
+
+def _beside(blocks: Sequence[Block]) -> tuple[Array, Array, Array]:
+    """Return blocks of the same rows as one whose rows hold the values of all; equal columns are summed later."""
+    row = np.concatenate([np.repeat(np.arange(len(b[1]) - 1), np.diff(b[1])) for b in blocks])
+    order = np.argsort(row, kind="stable")
+    indptr = np.sum([b[1] for b in blocks], axis=0)
+    values = np.concatenate([b[3].astype(np.float64) for b in blocks])[order]
+    return indptr, np.concatenate([b[2] for b in blocks])[order], values
+
+
+class _Sparse(Matrix, ABC):
+    """What CSR and CSC share: three datasets, and the checks without which a compiled loop would read astray."""
+
+    def __init__(self, node: Any, place: str, shape: tuple[int, int] | None = None) -> None:
+        super().__init__(node, place)
+        with self.reading():
+            if shape is None:
+                shape = node.attrs["shape"] if "shape" in node.attrs else node.attrs["h5sparse_shape"]
             self.indptr, self.indices, self.data = node["indptr"], node["indices"], node["data"]
             self.shape = (int(shape[0]), int(shape[1]))
             if self.data.dtype.kind not in "fiub" or self.indices.dtype.kind not in "iu":
                 raise ValueError(f"values of type {self.data.dtype}")
-            if len(self.indices) != len(self.data):
-                raise ValueError(f"{len(self.indices)} indices for {len(self.data)} values")
+            if self.indices.shape != self.data.shape:
+                raise ValueError(f"{self.indices.shape} indices for {self.data.shape} values")
+            for array in (self.indices, self.data):  # a chunk that Zarr does not find reads as zeros, without a word
+                if getattr(array, "nchunks_initialized", 0) < getattr(array, "nchunks", 0):
+                    raise ValueError(f"{array.nchunks - array.nchunks_initialized} chunks of {array.name} are missing")
 
     def stored(self) -> int:
-        return len(self.data)
+        return int(self.data.shape[0])
 
     def _pointers(self, start: int, stop: int) -> Array:
         """Return indptr[start:stop + 1] as int64, checked."""
         with self.reading():
             pointers: Array = self.indptr[start : stop + 1].astype(np.int64)
             if len(pointers) != stop - start + 1:
-                raise ValueError(f"indptr of {len(self.indptr)} entries for a matrix of {self.shape}")
-            if pointers[0] < 0 or (np.diff(pointers) < 0).any() or pointers[-1] > len(self.data):
+                raise ValueError(f"indptr of {self.indptr.shape[0]} entries for a matrix of {self.shape}")
+            if pointers[0] < 0 or (np.diff(pointers) < 0).any() or pointers[-1] > self.data.shape[0]:
                 raise ValueError("indptr does not fit the values")
         return pointers
 
     def _read(self, low: int, high: int, most: int) -> tuple[Array, Array]:
         """Return indices as int32 in 0 … most - 1 and values, from position `low` up to `high`."""
         with self.reading():
-            indices, values = self.indices[low:high], _values(self.data[low:high])
+            indices, values = self.indices[int(low) : int(high)], _values(self.data[int(low) : int(high)])
             if len(indices) and (indices.min() < 0 or indices.max() >= most):
                 raise ValueError(f"an index outside 0 … {most - 1}")
         return indices.astype(np.int32, copy=False), values
@@ -181,19 +256,13 @@ class Csc(_Sparse):
         np.cumsum(lengths, out=indptr[1:])
         with tempfile.TemporaryDirectory(prefix="rows-", suffix=TEMPORARY, dir=self.scratch) as folder:
             dtype = np.float32 if self.data.dtype == np.float32 else np.float64
-            columns = _spool(Path(folder) / "columns", np.dtype(np.int32), int(indptr[-1]))
-            values = _spool(Path(folder) / "values", np.dtype(dtype), int(indptr[-1]))
+            columns = spool(Path(folder) / "columns", np.dtype(np.int32), int(indptr[-1]))
+            values = spool(Path(folder) / "values", np.dtype(dtype), int(indptr[-1]))
             free = indptr[:-1].copy()
             for pointers, indices, data in self._stream(with_values=True):
-                _scatter(pointers, indices, data, start, free, columns, values)
-            first = 0
-            while first < len(lengths):
-                last = int(np.searchsorted(indptr, indptr[first] + VALUES, side="right")) - 1
-                last = min(max(last, first + 1), first + rows, len(lengths))
-                low, high = indptr[first], indptr[last]
-                block = indptr[first : last + 1] - low
-                yield start + first, block, np.array(columns[low:high]), np.array(values[low:high])
-                first = last
+                columns_of = _columns_of(pointers, len(indices))
+                scatter(columns_of, indices, data, start, free, columns, values)
+            yield from cut_blocks(start, indptr, columns, values, rows)
 
     def sample(self, rows: Array) -> Block:
         number = np.full(self.shape[0], -1, np.int32)
@@ -242,21 +311,54 @@ def _count(rows: Any, start: int, lengths: Any) -> None:
 
 
 @compiled
-def _scatter(pointers: Any, rows: Any, data: Any, start: int, free: Any, columns: Any, values: Any) -> None:
+def _columns_of(pointers: Any, length: int) -> Any:
+    """Return the column number of each value of a piece: int32 [length]."""
     column, starts = pointers
+    columns = np.empty(length, np.int32)
     c = 0
-    for k in range(len(rows)):
+    for k in range(length):
         while c + 1 < len(starts) and starts[c + 1] <= k:
             c += 1
+        columns[k] = column + c
+    return columns
+
+
+@compiled
+def scatter(columns_of: Any, rows: Any, data: Any, start: int, free: Any, columns: Any, values: Any) -> None:
+    """Put values, in any order, to the next free place of their row; rows outside `free` are left out.
+
+    Parameters
+    ----------
+    columns_of, rows : int32 [nnz]
+    data : float [nnz]
+    start : int
+        Row number of ``free[0]``.
+    free : int64 [rows]
+        Where the next value of each row goes; counted up.
+    columns, values : int32 [all], float [all]
+        Filled.
+    """
+    for k in range(len(rows)):
         row = rows[k] - start
         if 0 <= row < len(free):
             at = free[row]
-            columns[at] = column + c
+            columns[at] = columns_of[k]
             values[at] = data[k]
             free[row] = at + 1
 
 
-def _spool(path: Path, dtype: np.dtype[Any], length: int) -> Array:
+def cut_blocks(start: int, indptr: Array, columns: Array, values: Array, rows: int) -> Iterator[Block]:
+    """Yield CSR arrays, whose first row is row `start` of the matrix, in blocks, copied into memory."""
+    first = 0
+    while first < len(indptr) - 1:
+        last = int(np.searchsorted(indptr, indptr[first] + VALUES, side="right")) - 1
+        last = min(max(last, first + 1), first + rows, len(indptr) - 1)
+        low, high = indptr[first], indptr[last]
+        yield start + first, indptr[first : last + 1] - low, np.array(columns[low:high]), np.array(values[low:high])
+        first = last
+
+
+def spool(path: Path, dtype: np.dtype[Any], length: int) -> Array:
     """Return a temporary mapped array whose room on disk is reserved: a full disk is an error, not a bus error."""
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AnnData's .h5ad files as a source: which matrix holds the counts, its genes, its cells, block by block."""
+"""A source of cells, of whatever format: its counts, its genes and its cells, block by block."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -14,9 +13,12 @@ import scipy.sparse as sp
 from megacell.store.canonical import BAD_COLUMN, FRACTIONAL, NEGATIVE, NOT_FINITE, TOO_LARGE, canonical_rows
 from megacell.store.counts import LENGTH_NORMALISED, UMI
 from megacell.store.errors import DataError, UsageError
+from megacell.store.genes import read_id_map
 from megacell.store.recover import recover_rows, tolerances
-from megacell.store.sources.h5_matrix import DAMAGE, ROWS
-from megacell.store.sources.h5ad_counts import Choice, Settled, choose_counts, first_line, read_frame, reopen_counts
+from megacell.store.sources.choice import Choice, Settled, choose_counts, reopen_counts, sample
+from megacell.store.sources.container import Container
+from megacell.store.sources.h5_matrix import DAMAGE, ROWS, first_line
+from megacell.store.sources.open import open_container
 from megacell.store.species import stated_species
 
 Array = np.ndarray[Any, Any]
@@ -26,8 +28,8 @@ class NotWhole(DataError):
     """A source taken for whole counts turned out to hold fractions further on."""
 
 
-class H5adSource:
-    """One .h5ad file, opened for reading. Made by `open_h5ad`; a context manager.
+class CellSource:
+    """One source, opened for reading. Made by `open_source`; a context manager.
 
     Attributes
     ----------
@@ -50,16 +52,16 @@ class H5adSource:
         What organism columns say.
     """
 
-    def __init__(self, file: h5py.File, path: Path, obs: pd.DataFrame, choice: Choice, stated: set[str]) -> None:
-        self.path, self._file, self._obs, self._choice = path, file, obs, choice
-        self.n_cells = len(obs)
+    def __init__(self, file: Container, choice: Choice) -> None:
+        self.path, self._file, self._obs, self._choice = file.path, file, file.obs, choice
+        self.format, self.n_cells = file.format, len(file.obs)
         features = choice.features
         self.gene_ids, self.symbols, self.biotypes = features.gene_ids, features.symbols, features.biotypes
         self.ids, self.notes = features.ids, list(features.notes)
         settled = self.settled = choice.settled
         self.kind = settled.kind
         self.matrix = settled.name if settled.precision is None else f"recover:{settled.name}"
-        self.stated_species = stated
+        self.stated_species = stated_species(file.obs, file.var, file.uns)
 
     def __enter__(self) -> Self:
         return self
@@ -79,6 +81,14 @@ class H5adSource:
     def stored_values(self) -> int:
         """Number of values above zero in the file's matrix, for a dense one about."""
         return self._choice.matrix.stored()
+
+    def sampled_totals(self) -> Array:
+        """Return the counts of cells spread over the file: float64 [some cells]."""
+        indptr, values = sample(self._choice)
+        padded = np.append(values.astype(np.float64), 0.0)  # reduceat needs a value where the last cells have none
+        totals: Array = np.add.reduceat(padded, indptr[:-1])
+        totals[np.diff(indptr) == 0] = 0.0
+        return totals
 
     def blocks(self, rows: int = ROWS) -> Iterator[sp.csr_matrix]:
         """Yield all cells in the file's order, at most `rows` at a time.
@@ -165,27 +175,30 @@ class H5adSource:
         return counts
 
 
-def open_h5ad(
+def open_source(
     path: str | os.PathLike[str],
     counts: str = "auto",
     gene_ids: str = "auto",
     *,
     allow_length_normalised: bool = False,
+    id_map: Path | None = None,
     scratch: Path | None = None,
     settled: Settled | None = None,
-) -> H5adSource:
-    """Open an .h5ad file and find its counts and genes.
+) -> CellSource:
+    """Open a file or folder of cells and find its counts and genes.
 
     Parameters
     ----------
     path : path-like
-        The file.
+        .h5ad, .h5mu (its RNA), .loom, 10x .h5, a folder that is AnnData's Zarr or Cell Ranger's .mtx.
     counts : str
-        "auto", "X", "raw", "layer:NAME", or "recover" for whole counts out of log1p values.
+        "auto", "X", "raw", "layer:NAME", "layers:A+B" for a sum, or "recover" for whole counts out of log1p values.
     gene_ids : str
         "auto" (found by content), "index", or a column of var.
     allow_length_normalised : bool
         Take TPM, to which medians of counts do not apply.
+    id_map : Path, optional
+        CSV or TSV of two columns, what the file names a gene and its id.
     scratch : Path, optional
         Folder for the temporary files by which a CSC matrix is read by rows; the system's own unless given.
     settled : Settled, optional
@@ -194,47 +207,31 @@ def open_h5ad(
     Raises
     ------
     DataError
-        Not an .h5ad file, damaged, empty, or without counts where they were looked for.
+        Not such a file, damaged, empty, or without counts where they were looked for.
     UsageError
         No such file, layer or column.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"{path}: no such file")
+    own_ids = read_id_map(id_map) if id_map else None
+    file = None
     try:
-        file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        what = "is empty" if path.stat().st_size == 0 else "is not an HDF5 file, or is truncated"
-        raise DataError(f"{path}: {what} ({first_line(error)}); fetch it again") from None
-    try:
-        obs, var, uns = _frames(file, path)
+        file = open_container(path)
         if settled:
-            choice = reopen_counts(file, path, obs, var, settled, gene_ids)
+            choice = reopen_counts(file, settled, gene_ids, own_ids)
         else:
-            choice = choose_counts(file, path, obs, var, counts, gene_ids)
+            choice = choose_counts(file, counts, gene_ids, own_ids)
         choice.matrix.scratch = scratch
         if choice.settled.kind == LENGTH_NORMALISED and not allow_length_normalised:
             mend = "give counts, or --allow-length-normalised (medians of counts do not apply)"
             raise DataError(f"{choice.matrix.place}: totals of a million look like TPM; {mend}")
-        return H5adSource(file, path, obs, choice, stated_species(obs, var, uns))
+        return CellSource(file, choice)
     except DAMAGE as error:
-        file.close()
+        if file is not None:
+            file.close()
         raise DataError(f"{path}: cannot be read ({first_line(error)}); the file is damaged, fetch it again") from error
     except BaseException:
-        file.close()
+        if file is not None:
+            file.close()
         raise
-
-
-def _frames(file: h5py.File, path: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
-    """Read obs, var and the texts of uns through AnnData's own reader."""
-    for name in ("obs", "var"):
-        if name not in file:
-            raise DataError(f"{path}: has no {name}, so it is no .h5ad file; give one that AnnData wrote")
-    obs, var = read_frame(file, "obs", path), read_frame(file, "var", path)
-    if not len(obs) or not len(var):
-        raise DataError(f"{path}: holds {len(obs)} cells and {len(var)} genes; leave it out")
-    uns: dict[str, str] = {}
-    for key, node in file["uns"].items() if "uns" in file else ():
-        if isinstance(node, h5py.Dataset) and node.shape == () and h5py.check_string_dtype(node.dtype):
-            uns[key] = str(node.asstr()[()])
-    return obs, var, uns
