@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megacell.geneformer.buffers import Pool, WorkingRoom
+from megacell.geneformer.cell_sets import CellSet
 from megacell.geneformer.compiling import compiled
 from megacell.geneformer.masking import TRAINING, VALIDATION, MaskSettings, mask_cells, stream_key
-from megacell.geneformer.order import global_batch, micro_batches, share_out
+from megacell.geneformer.order import Order, Shuffled, global_batch, micro_batches, share_out
 from megacell.geneformer.ranking import RankEncoder
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
@@ -130,6 +131,10 @@ class Packer:
         )
 
 
+def _pack_tokens(lengths: np.ndarray, budget: int) -> list[int]:
+    return [int(lengths[part].sum()) for part in micro_batches(lengths, budget)]
+
+
 class BatchStream:
     """The endless sequence of global batches, as one rank sees it.
 
@@ -137,8 +142,9 @@ class BatchStream:
     ----------
     store : CellStore
     vocabulary : Vocabulary
-    cells : int64 [n]
-        The cells to go through, by global number; those without a known gene are passed over.
+    cells : int64 [n] or CellSet
+        The cells to go through, by global number; those without a known gene are passed over. A set holds a bit a
+        cell, which is mapped; an array, eight bytes.
     lengths : uint16 [cells of the store]
         From `token_lengths`.
     max_length : int
@@ -153,6 +159,8 @@ class BatchStream:
     rank, ranks : int
         Data-parallel ranks.
     masking : MaskSettings
+    order : Order, optional
+        `Shuffled` by default, or `BlockShuffled` or `Weighted`, which counts the cells that are left.
     validation : bool, default False
         Cells in their own order, masks from the validation stream's epoch 0, the last batch short: the same at every
         validation. Without it cells are shuffled anew in each epoch, and batches run on over the end of one.
@@ -174,7 +182,7 @@ class BatchStream:
         self,
         store: CellStore,
         vocabulary: Vocabulary,
-        cells: np.ndarray,
+        cells: np.ndarray | CellSet,
         lengths: np.ndarray,
         *,
         max_length: int,
@@ -185,6 +193,7 @@ class BatchStream:
         rank: int = 0,
         ranks: int = 1,
         masking: MaskSettings | None = None,
+        order: Order | None = None,
         validation: bool = False,
     ) -> None:
         if global_batch < ranks:
@@ -198,8 +207,12 @@ class BatchStream:
         if len(lengths) != len(store):
             raise DataError(f"{store.path}: {len(lengths)} token lengths for {len(store)} cells; count them again")
         encoder = RankEncoder(store.gene_ids, store.symbols, vocabulary, max_length)
-        cells = np.asarray(cells, np.int64)
-        self.cells = cells[lengths[cells] > 0]
+        self.cells: np.ndarray | CellSet
+        if isinstance(cells, CellSet):
+            self.cells = cells.having(lengths)
+        else:
+            cells = np.asarray(cells, np.int64)
+            self.cells = cells[lengths[cells] > 0]
         self.skipped = len(cells) - len(self.cells)
         if not len(self.cells):
             what = "held out" if validation else "to train on"
@@ -208,7 +221,7 @@ class BatchStream:
             )
         self.store, self.lengths = store, lengths
         self.global_batch, self.token_budget, self.seed = global_batch, token_budget, seed
-        self.rank, self.ranks, self.validation = rank, ranks, validation
+        self.rank, self.ranks, self.validation, self.order = rank, ranks, validation, order or Shuffled()
         self._packer = Packer(encoder, masking or MaskSettings(), multiple_of)
         stream_key(seed, 0, TRAINING)  # a wrong seed is refused here, not at the first step
 
@@ -237,12 +250,57 @@ class BatchStream:
         parts = [mine[part] for part in micro_batches(lengths[mine], self.token_budget)]
         return [self._micro_batch(k, cells[part], epochs[part], lengths[part]) for part in parts]
 
+    def evenness(self, k: int) -> tuple[float, float]:
+        """Return the imbalance and the fill of step ``k``, from lengths alone.
+
+        Returns
+        -------
+        imbalance : float
+            By which share the fullest rank's tokens exceed the mean of all ranks'.
+        fill : float
+            Real tokens of those computed, over all ranks.
+        """
+        cells, _ = self._global_batch(k)
+        lengths = self._packer.encoder.input_lengths(self.lengths[cells])
+        rank_of, multiple = share_out(lengths, self.ranks), self._packer.multiple_of
+        load = np.bincount(rank_of, weights=lengths, minlength=self.ranks)
+        packs = [p for r in range(self.ranks) for p in _pack_tokens(lengths[rank_of == r], self.token_budget)]
+        computed = sum(-(-tokens // multiple) * multiple for tokens in packs)
+        return float(load.max() / load.mean() - 1), float(load.sum() / computed)
+
+    def state_dict(self, step: int) -> dict[str, int | str]:
+        """Return what has to be kept for going on at ``step``: a few integers and the store's generation."""
+        return {
+            "step": step,
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "cells": len(self.cells),
+            "generation": self.store.generation,
+            "store": self.store.digest,
+        }
+
+    def step_of(self, state: dict[str, int | str]) -> int:
+        """Return the step to go on at.
+
+        Raises
+        ------
+        UsageError
+            The state is that of another store, generation, seed, batch size or choice of cells; names the difference.
+        """
+        for name, now in self.state_dict(int(state["step"])).items():
+            if state.get(name) != now:
+                raise UsageError(
+                    f"{self.store.path}: the state was kept with {name} {state.get(name)}, here it is {now}; "
+                    "go on with the same, or start anew"
+                )
+        return int(state["step"])
+
     def _global_batch(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the global numbers of a step's cells and the epoch of each, int64."""
         if self.validation:
             cells = self.cells[k * self.global_batch : (k + 1) * self.global_batch]
             return cells, np.zeros(len(cells), np.int64)
-        which, epochs = global_batch(k, self.global_batch, len(self.cells), self.seed)
+        which, epochs = global_batch(k, self.global_batch, len(self.cells), self.seed, self.order)
         return self.cells[which], epochs
 
     def _micro_batch(self, k: int, cells: np.ndarray, epochs: np.ndarray, lengths: np.ndarray) -> MicroBatch:

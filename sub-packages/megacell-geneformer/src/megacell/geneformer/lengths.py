@@ -38,30 +38,32 @@ def token_lengths(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
         65,535 stands for that many or more.
     """
     path = cache_directory() / "lengths" / f"{store.digest}-{vocabulary.hash}.npy"
-    lengths = _mapped(path, len(store))
-    if lengths is not None:
-        return lengths
-    lengths = _count(store, vocabulary)
+    lengths = mapped(path, np.dtype(np.uint16), len(store))
+    return keep(path, _count(store, vocabulary)) if lengths is None else lengths
+
+
+def keep(path: Path, array: np.ndarray) -> np.ndarray:
+    """Write an array to the cache, whole or not at all, and return it; a cache that cannot be written is a warning."""
     work = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with work.open("wb") as file:
-            np.save(file, lengths)
+            np.save(file, array)
         work.replace(path)
     except OSError as error:
         log.warning("%s: cannot be written (%s); set MEGACELL_CACHE to save counting again", path, error)
         with contextlib.suppress(OSError):
             work.unlink()
-    return lengths
+    return array
 
 
-def _mapped(path: Path, cells: int) -> np.ndarray | None:
-    """Return cached lengths, or None where there are none or they are broken."""
+def mapped(path: Path, dtype: np.dtype, size: int) -> np.ndarray | None:
+    """Map an array of the cache, or return None where there is none or it is broken."""
     try:
-        lengths: np.ndarray = np.load(path, mmap_mode="r")
+        array: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    return lengths if lengths.dtype == np.uint16 and lengths.shape == (cells,) else None
+    return array if array.dtype == dtype and array.shape == (size,) else None
 
 
 def _count(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:

@@ -8,12 +8,14 @@ longest-processing-time rule (Graham 1969).
 """
 
 import heapq
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from megacell.geneformer.compiling import compiled
-from megacell.geneformer.masking import ORDER, philox_words, stream_key
+from megacell.geneformer.masking import ORDER, philox, philox_words, stream_key
+from megacell.store.errors import UsageError
 
 ROUNDS = 8
 
@@ -75,8 +77,128 @@ def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
     return places.astype(np.int64)
 
 
-def global_batch(step: int, size: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return global batch ``step`` of the endless sequence of shuffled epochs over n cells.
+class Order(Protocol):
+    """Which of n cells stand where in an endless sequence of epochs: a pure function of the place."""
+
+    def draw(self, positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which cell (0 … n - 1) stands at each of consecutive positions, and its epoch; int64 all."""
+
+
+class Shuffled:
+    """Each epoch goes through all cells in an order of its own."""
+
+    def draw(self, positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Order`."""
+        epochs, within = positions // n, positions % n
+        which = np.empty(len(positions), np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            now = epochs == epoch
+            which[now] = permuted(within[now], n, seed, epoch)
+        return which, epochs
+
+
+@dataclass(frozen=True)
+class BlockShuffled:
+    """Blocks of neighbouring cells are shuffled, and then the cells of so many blocks among each other.
+
+    For stores on disks that are slow at reading here and there. Each epoch goes through all cells once.
+
+    Attributes
+    ----------
+    block : int, default 256
+        Cells that are neighbours in the store.
+    blocks : int, default 256
+        Whose cells are shuffled among each other.
+    """
+
+    block: int = 256
+    blocks: int = 256
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.blocks < 1:
+            raise UsageError(f"order: {self.blocks} blocks of {self.block} cells; give 1 or more of both")
+
+    @property
+    def mixing(self) -> float:
+        """Probability that two cells of a window come from different blocks; 1 is what a full shuffle tends to."""
+        window = self.block * self.blocks
+        return 1.0 - (self.block - 1) / max(window - 1, 1)
+
+    def draw(self, positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Order`."""
+        epochs, within = positions // n, positions % n
+        window, whole = self.block * self.blocks, n // self.block
+        which = np.empty(len(positions), np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            now = np.flatnonzero(epochs == epoch)
+            places = within[now]
+            for first in range(int(places[0]) // window * window, int(places[-1]) + 1, window):
+                here = (places >= first) & (places < first + window)
+                size = min(window, n - first)
+                # an order of its own for each window: epochs of the blocks' order count up from 0, these down from 2^64
+                key = 2**64 - 1 - (epoch * (-(-n // window)) + first // window)
+                places[here] = first + permuted(places[here] - first, size, seed, key)
+            inside = places < whole * self.block  # the cells beyond the last whole block stay at the end
+            blocks = permuted(places[inside] // self.block, max(whole, 1), seed, epoch)
+            places[inside] = blocks * self.block + places[inside] % self.block
+            which[now] = places
+        return which, epochs
+
+
+class Weighted:
+    """Cells are drawn with replacement, each with a probability of its group.
+
+    Parameters
+    ----------
+    groups : integers [n]
+        Group of each cell, from 0; below 0: never drawn.
+    weights : float [groups], optional
+        How often a cell of each group is to come, as shares; equal by default. Groups without cells have none.
+
+    Raises
+    ------
+    UsageError
+        Weights that are negative or leave nothing to draw.
+    """
+
+    def __init__(self, groups: np.ndarray, weights: np.ndarray | None = None) -> None:
+        sizes = np.bincount(groups[groups >= 0])
+        shares = np.ones(len(sizes)) if weights is None else np.asarray(weights, float)
+        if len(shares) != len(sizes) or not (np.isfinite(shares).all() and (shares >= 0).all()):
+            raise UsageError(f"order: {len(shares)} weights for {len(sizes)} groups; give one of 0 or more each")
+        shares = np.where(sizes > 0, shares, 0.0)
+        if not shares.sum() > 0:
+            raise UsageError("order: no group with cells has a weight above 0; raise one")
+        self._ends = np.cumsum(shares) / shares.sum()
+        self._ends[np.flatnonzero(shares)[-1] :] = 1.0
+        self._sizes = sizes
+        self._starts = np.cumsum(sizes) - sizes + int((groups < 0).sum())
+        self._by_group = np.argsort(groups, kind="stable").astype(np.uint32 if len(groups) < 2**32 else np.int64)
+
+    def draw(self, positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Order`; a cell that comes twice within n positions is masked in the same way."""
+        if n != len(self._by_group):
+            raise UsageError(f"order: groups of {len(self._by_group)} cells for a stream of {n}; give one a cell")
+        uniform = _uniform(positions.astype(np.uint64), stream_key(seed, 0, ORDER))
+        group = np.searchsorted(self._ends, uniform[0], side="right")
+        within = (uniform[1] * self._sizes[group]).astype(np.int64)
+        return self._by_group[self._starts[group] + within].astype(np.int64), positions // n
+
+
+@compiled
+def _uniform(positions: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return two numbers from 0 to below 1 for each position, float64 [2, m]."""
+    drawn = np.empty((2, len(positions)))
+    for i in range(len(positions)):
+        low, high = np.uint32(positions[i]), np.uint32(positions[i] >> np.uint64(32))
+        a, b, c, d = philox(low, high, np.uint32(0), np.uint32(2), key[0], key[1])
+        drawn[0, i] = ((np.uint64(a) << np.uint64(21)) ^ (np.uint64(b) >> np.uint64(11))) * 2.0**-53
+        drawn[1, i] = ((np.uint64(c) << np.uint64(21)) ^ (np.uint64(d) >> np.uint64(11))) * 2.0**-53
+    return drawn
+
+
+def global_batch(step: int, size: int, n: int, seed: int, order: Order | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return global batch ``step`` of the endless sequence of epochs over n cells.
 
     Returns
     -------
@@ -87,12 +209,7 @@ def global_batch(step: int, size: int, n: int, seed: int) -> tuple[np.ndarray, n
         The epoch of each.
     """
     positions = np.arange(step * size, (step + 1) * size, dtype=np.int64)
-    epochs, within = positions // n, positions % n
-    which = np.empty(size, np.int64)
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-        now = epochs == epoch
-        which[now] = permuted(within[now], n, seed, epoch)
-    return which, epochs
+    return (order or Shuffled()).draw(positions, n, seed)
 
 
 @compiled
