@@ -49,6 +49,11 @@ def _register_vocabulary(commands: Any) -> None:
     imported.add_argument("--name", help="default: the edition's")
     imported.set_defaults(run=_import)
 
+    fetched = actions.add_parser("fetch", help="Geneformer's published dictionaries, from Hugging Face")
+    fetched.add_argument("edition", choices=["geneformer-v1", "geneformer-v2"])
+    fetched.add_argument("--out", type=Path, required=True, metavar="VOCAB", help="directory to make")
+    fetched.set_defaults(run=_fetch)
+
 
 def _build(args: argparse.Namespace) -> int:
     from megacell.geneformer.medians import build_vocabulary
@@ -70,6 +75,15 @@ def _import(args: argparse.Namespace) -> int:
 
     refuse_existing(args.out)
     vocabulary = import_geneformer(args.tokens, args.medians, args.gene_ids, args.symbols, args.name)
+    return _save(vocabulary, args.out, [f"{len(vocabulary.aliases):,} other ids and names of its genes"])
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from megacell.geneformer.published import fetch_geneformer
+    from megacell.geneformer.vocabulary import refuse_existing
+
+    refuse_existing(args.out)
+    vocabulary = fetch_geneformer(args.edition)
     return _save(vocabulary, args.out, [f"{len(vocabulary.aliases):,} other ids and names of its genes"])
 
 
