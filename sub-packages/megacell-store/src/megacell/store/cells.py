@@ -3,7 +3,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from megacell.store.errors import DataError
+from megacell.store.filters import matching
 from megacell.store.gather import FIELDS, copy_rows, locate
 from megacell.store.genes import GeneTable
 from megacell.store.manifest import Manifest, Source
 from megacell.store.obs import INDEX, SOURCE, from_table
 from megacell.store.panels import read_panel
+from megacell.store.prefetch import will_need
 from megacell.store.shard import FOLDER, OBS, Shard, map_array
+from megacell.store.view import BLOCK, CellView
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -104,13 +107,15 @@ class CellStore:
 
     # -- counts
 
-    def rows(self, indices: Any) -> sp.csr_matrix:
+    def rows(self, indices: Any, empty: Callable[[int, np.dtype[Any]], Array] = np.empty) -> sp.csr_matrix:
         """Return cells' counts, in any order, repeats allowed.
 
         Parameters
         ----------
         indices : int array [n], bool array [cells] or slice
             Cells by their number in the store.
+        empty : callable
+            As for `gather`, such as a RowBuffer; the matrix lives in what it gives.
 
         Returns
         -------
@@ -122,7 +127,7 @@ class CellStore:
         DataError
             A cell that does not exist, or a damaged shard.
         """
-        indptr, genes, counts = self._gather(self._numbers(indices), np.dtype(np.int32))
+        indptr, genes, counts = self._gather(self._numbers(indices), np.dtype(np.int32), empty)
         if indptr[-1] < 1 << 31:
             indptr = indptr.astype(np.int32)
         matrix = sp.csr_matrix((counts, genes, indptr), (len(indptr) - 1, self.shape[1]), copy=False)
@@ -194,7 +199,66 @@ class CellStore:
                     self._table[number] = shard.table_row(int(self._first[number]))
                     self._unmapped -= 1
 
+    def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (number of the first cell, counts) for all cells in order, `size` at a time."""
+        for first in range(0, len(self), size):
+            yield first, self.rows(slice(first, first + size))
+
+    def stored(self, start: int, stop: int) -> Iterator[tuple[int, Array, Array, Array]]:
+        """Yield a contiguous range of cells as it lies on disk, without a copy: a piece for each shard it touches.
+
+        Yields
+        ------
+        first : int
+            Number of the piece's first cell.
+        indptr : int64 [cells + 1]
+            Positions within the shard; subtract the first for the arrays given here.
+        genes : uint16 | uint32 [nnz]
+        counts : uint8 | uint16 | uint32 | float32 [nnz]
+            Of uint8, 255 stands for a larger count (docs/format.md).
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise DataError(f"{self.path}: no cells {start} to {stop}; there are {len(self)}")
+        if start == stop:
+            return
+        self._map(self._first[:-1].clip(start, stop - 1))
+        for number, shard in enumerate(self._shards):
+            base = int(self._first[number])
+            low, high = max(start, base), min(stop, int(self._first[number + 1]))
+            if low < high and shard is not None:
+                indptr = shard.indptr[low - base : high - base + 1]
+                yield low, indptr, shard.indices[indptr[0] : indptr[-1]], shard.counts[indptr[0] : indptr[-1]]
+
+    def prefetch(self, indices: Any) -> int:
+        """Ask the system to read these cells from disk meanwhile; returns at once, with the bytes asked for."""
+        cells = self._numbers(indices)
+        if self._unmapped:
+            self._map(cells)
+        number = np.searchsorted(self._first, cells, side="right") - 1
+        asked = 0
+        for each in np.unique(number).tolist():
+            shard = self._shards[each]
+            assert shard is not None
+            asked += will_need(shard, cells[number == each] - self._first[each])
+        return asked
+
+    def same_genes(self, other: "CellStore") -> bool:
+        """True if a gene number means the same gene in both stores, and both have the same genes."""
+        own, theirs = (store.manifest.files[store.manifest.genes_file].xxh3 for store in (self, other))
+        return own == theirs or bool(np.array_equal(self.gene_ids, other.gene_ids))
+
     # -- cells
+
+    def select(self, where: str) -> CellView:
+        """Return the cells for which a query of their metadata holds, such as ``cell_type == "B"``; no counts are read.
+
+        Raises
+        ------
+        UsageError
+            A query that cannot be evaluated.
+        """
+        chosen = matching(where, self.obs_columns, self._obs, str(self.path))
+        return CellView(self, np.flatnonzero(chosen).astype(np.int64))
 
     @property
     def sources(self) -> list[Source]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sub-commands convert, info and verify; each imports what is slow to import when it runs."""
+"""The sub-commands of the store; each imports what is slow to import when it runs."""
 
 import argparse
 import json
@@ -12,21 +12,27 @@ from megacell.store.errors import DataError
 
 
 def register(commands: Any) -> None:
-    """Add `convert`, `info` and `verify` to argparse's sub-parsers."""
+    """Add this package's sub-commands to argparse's sub-parsers."""
     register_convert(commands)
     info = commands.add_parser("info", help="say what a cell store holds")
     info.add_argument("store", metavar="STORE")
+    info.add_argument("--duplicates", action="store_true", help="count exact copies of cells, by pair of sources")
     info.add_argument("--json", action="store_true", help="print it as JSON")
     info.set_defaults(run=run_info)
     verify = commands.add_parser("verify", help="check every byte of a cell store")
     verify.add_argument("store", metavar="STORE")
     verify.set_defaults(run=run_verify)
+    overlap = commands.add_parser("overlap", help="count the cells of a store that another one holds too")
+    overlap.add_argument("store", metavar="STORE", help="the cells asked about, of an evaluation say")
+    overlap.add_argument("other", metavar="STORE|MODEL", help="where they are looked for")
+    overlap.set_defaults(run=run_overlap)
 
 
 def run_info(args: argparse.Namespace) -> int:
     """Print what the manifest says."""
     from dataclasses import asdict
 
+    from megacell.store.duplicates import duplicates_of
     from megacell.store.manifest import FORMAT, VERSION, Manifest
 
     manifest = Manifest.open(Path(args.store))
@@ -44,7 +50,9 @@ def run_info(args: argparse.Namespace) -> int:
         "shards": len(manifest.shards),
         "bytes": size,
     }
+    copies = [str(pair) for pair in duplicates_of(Path(args.store), manifest)] if args.duplicates else []
     if args.json:
+        facts |= {"duplicates": copies} if args.duplicates else {}
         sources = [asdict(source) for source in manifest.sources]
         print(json.dumps({**facts, "sources": sources, "obs": [asdict(c) for c in manifest.obs]}, indent=1))
         return 0
@@ -55,6 +63,20 @@ def run_info(args: argparse.Namespace) -> int:
         (s.name, f"{s.cells:,}", f"{s.genes:,}", s.matrix, s.kind, s.ids, "; ".join(s.notes)) for s in manifest.sources
     ]
     print(table(("source", "cells", "genes", "matrix", "counts", "ids", "notes"), lines))
+    if args.duplicates:
+        print("\n" + "\n".join(copies or ["no cell stands twice"]))
+    return 0
+
+
+def run_overlap(args: argparse.Namespace) -> int:
+    """Count, by source, the cells that the other store holds."""
+    from megacell.store.cells import CellStore
+    from megacell.store.overlap import open_store_of, overlap
+
+    found = overlap(CellStore.open(args.store), open_store_of(Path(args.other)))
+    cells, held = sum(each.cells for each in found), sum(each.held for each in found)
+    lines = [(each.source, f"{each.cells:,}", f"{each.held:,}") for each in found]
+    print(table(("source", "cells", "held"), [*lines, ("all", f"{cells:,}", f"{held:,}")]))
     return 0
 
 

@@ -17,6 +17,23 @@ FIELDS = 11
 KINDS = {"uint8": 0, "uint16": 1, "uint32": 2, "float32": 3}
 
 
+class RowBuffer:
+    """Memory for `CellStore.rows` and `gather` to fill again and again: give it as their `empty`.
+
+    What was returned from it last is overwritten by the next use.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[Any, Any] = {}
+
+    def __call__(self, size: int, dtype: Any) -> Any:
+        """Return an array of a size and type; it grows to the largest that was asked for."""
+        array = self._arrays.get(dtype)
+        if array is None or len(array) < size:
+            array = self._arrays[dtype] = np.empty(size + size // 4, dtype)
+        return array[:size]
+
+
 def _pointer(name: str, numba_type: Any) -> Any:
     """Make a compiled function that takes an address for a pointer to values of one type."""
 

@@ -3,11 +3,14 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megacell.store.durable import hash_file
 from megacell.store.errors import DataError
+from megacell.store.executors import cores
 from megacell.store.manifest import NAME, FileRecord, Manifest, generation_name
 
 
@@ -51,12 +54,16 @@ def verify(path: str | os.PathLike[str], advance: Callable[[int], None] = lambda
         except DataError as error:
             damages.append(str(error))
     files = dict(manifest.all_files())
-    for name, record in files.items():
-        damage = _damage(store / name, record)
-        if damage:
-            damages.append(f"{store / name}: {damage}; restore it from a copy or convert again")
-        advance(record.bytes)
+    with ThreadPoolExecutor(cores()) as pool:  # reading and hashing let go of Python's lock
+        for (name, record), damage in zip(files.items(), pool.map(partial(_look, store), files.items()), strict=True):
+            if damage:
+                damages.append(f"{store / name}: {damage}; restore it from a copy or convert again")
+            advance(record.bytes)
     return Verification(len(files) + 2, sum(record.bytes for record in files.values()), damages)
+
+
+def _look(store: Path, file: tuple[str, FileRecord]) -> str:
+    return _damage(store / file[0], file[1])
 
 
 def _damage(path: Path, record: FileRecord) -> str:
