@@ -88,6 +88,8 @@ def evaluate(
     """
     from megacell.geneformer.interchange.open import open_model
 
+    if cells < 1:
+        raise UsageError(f"--cells {cells}: give at least 1")
     store = CellStore.open(store_path)
     if by is not None and by not in store.obs_columns:
         raise UsageError(f"--by {by}: {store_path} has no such column; it has {', '.join(store.obs_columns)}")

@@ -27,7 +27,10 @@ class NemoArchive(SaveRestoreConnector):
             inside = Path(folder) / "inside"
             inside.mkdir()
             OmegaConf.save(model.cfg, inside / self.model_config_yaml, resolve=True)
-            torch.save(model.weights(), inside / self.model_weights_ckpt)
+            try:
+                torch.save(model.weights(), inside / self.model_weights_ckpt)
+            except RuntimeError as error:  # torch's word for a write that failed
+                raise DataError(f"{target}: could not be written, a full disk it seems; make room") from error
             model.vocabulary.save(inside / VOCABULARY)
             archive = Path(folder) / "archive"
             with tarfile.open(archive, "w:") as tar:
@@ -66,6 +69,19 @@ def read_archive(path: Path) -> tuple[dict, dict[str, torch.Tensor], Vocabulary]
             return cfg, weights, vocabulary
     except (OSError, tarfile.TarError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: not a .nemo file that Megacell wrote, or a damaged one: {error}") from error
+
+
+def read_config(path: Path) -> dict:
+    """Return an archive's configuration and unpack nothing else; DataError as ``check_archive``."""
+    check_archive(path)
+    with NemoArchive._tar_open(str(path)) as tar:
+        (member,) = [m for m in tar.getmembers() if os.path.normpath(m.name) == "model_config.yaml"]
+        file = tar.extractfile(member)
+        if file is None:
+            raise DataError(f"{path}: holds {member.name}, which is no file: refused")
+        cfg = OmegaConf.to_container(OmegaConf.create(file.read().decode()))
+    assert isinstance(cfg, dict)
+    return cfg
 
 
 def check_archive(path: Path) -> None:

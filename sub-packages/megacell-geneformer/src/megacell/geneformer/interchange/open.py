@@ -61,35 +61,43 @@ def open_model(path: Path):
     return model.to(device.device()).eval()
 
 
+def check_fit(network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:
+    """Look, without reading any weight, whether a network can be filled with the weights of a model.
+
+    Raises
+    ------
+    UsageError, DataError
+        If there is no such model, or it is of other sizes or another vocabulary.
+    """
+    from megacell.geneformer.interchange.nemo import read_config
+    from megacell.geneformer.training import checkpoint
+
+    theirs = read_config(path) if path.is_file() else checkpoint.read_facts(find_checkpoint(path))
+    _check_vocabulary(path, theirs["vocabulary"], vocabulary)
+    free = ("hidden_dropout", "attention_dropout", "init_std")  # may change when training goes on
+    differ = [k for k, v in network.to_dict().items() if k not in free and theirs["network"].get(k) != v]
+    if differ:
+        raise DataError(f"{path}: its {', '.join(differ)} differ from the model to be filled: give the same model=")
+
+
 def load_into(bert, network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:
     """Fill a network that stands on this rank with the weights of a model, at any tensor parallel size.
 
     Raises
     ------
-    DataError
-        If the model is of other sizes or another vocabulary.
+    UsageError, DataError
+        As ``check_fit``.
     """
     from megacell.geneformer.interchange.nemo import read_archive
     from megacell.geneformer.model.init import copy_whole
     from megacell.geneformer.training import checkpoint
 
+    check_fit(network, vocabulary, path)
     if path.is_file():
-        cfg, weights, _ = read_archive(path)
-        _check_fit(path, cfg["network"], cfg["vocabulary"], network, vocabulary)
+        _, weights, _ = read_archive(path)
         copy_whole(bert, {name.removeprefix("bert."): tensor for name, tensor in weights.items()})
         return
-    folder = find_checkpoint(path)
-    facts = checkpoint.read_facts(folder)
-    _check_fit(folder, facts["network"], facts["vocabulary"], network, vocabulary)
-    checkpoint.load(folder, bert)
-
-
-def _check_fit(path: Path, theirs: dict, their_vocabulary: str, network: ModelConfig, vocabulary: Vocabulary) -> None:
-    _check_vocabulary(path, their_vocabulary, vocabulary)
-    free = ("hidden_dropout", "attention_dropout", "init_std")  # may change when training goes on
-    differ = [k for k, v in network.to_dict().items() if k not in free and theirs.get(k) != v]
-    if differ:
-        raise DataError(f"{path}: its {', '.join(differ)} differ from the model to be filled: give the same model=")
+    checkpoint.load(find_checkpoint(path), bert)
 
 
 def _check_vocabulary(path: Path, expected: str, vocabulary: Vocabulary) -> None:
