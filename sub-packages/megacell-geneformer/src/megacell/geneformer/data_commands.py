@@ -8,6 +8,7 @@ from typing import Any
 
 def register_data(commands: Any) -> None:
     """Add the sub-commands to argparse's sub-parsers."""
+    _register_tokenize(commands)
     _register_bench(commands)
 
 
@@ -17,6 +18,33 @@ def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     return parser
+
+
+def _register_tokenize(commands: Any) -> None:
+    example = (
+        "example:\n  megacell tokenize STORE --vocabulary VOCAB --out DIR\n\n"
+        "DIR is what datasets.load_from_disk and Geneformer's scripts load. Started again after a stop, it goes on."
+    )
+    parser = _add(commands, "tokenize", "write a store's cells as a Hugging Face dataset of tokens", example)
+    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("--vocabulary", type=Path, required=True, metavar="VOCAB")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    parser.add_argument("--max-length", type=int, help="most tokens of a cell (default: the vocabulary's)")
+    parser.add_argument("--allow-low-coverage", action="store_true", help="take a store of under 25 %% of the genes")
+    parser.set_defaults(run=_tokenize)
+
+
+def _tokenize(args: argparse.Namespace) -> int:
+    from megacell.geneformer.tokenize import tokenize
+    from megacell.geneformer.vocabulary import Vocabulary
+    from megacell.store import CellStore
+
+    for line in tokenize(
+        CellStore.open(args.store), Vocabulary.open(args.vocabulary), args.out,
+        max_length=args.max_length, allow_low_coverage=args.allow_low_coverage,
+    ):  # fmt: skip
+        print(line)
+    return 0
 
 
 def _register_bench(commands: Any) -> None:
