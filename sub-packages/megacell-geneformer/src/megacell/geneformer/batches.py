@@ -19,6 +19,7 @@ from megacell.geneformer.compiling import compiled
 from megacell.geneformer.masking import TRAINING, VALIDATION, MaskSettings, mask_cells, stream_key
 from megacell.geneformer.order import Order, Shuffled, global_batch, micro_batches, share_out
 from megacell.geneformer.ranking import RankEncoder
+from megacell.geneformer.token_folder import encoder_for
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError, MegacellError, UsageError
@@ -140,7 +141,7 @@ class BatchStream:
 
     Parameters
     ----------
-    store : CellStore
+    store : CellStore or TokenFolder
     vocabulary : Vocabulary
     cells : int64 [n] or CellSet
         The cells to go through, by global number; those without a known gene are passed over. A set holds a bit a
@@ -206,7 +207,7 @@ class BatchStream:
             raise UsageError(f"rank {rank} is not one of {ranks} ranks")
         if len(lengths) != len(store):
             raise DataError(f"{store.path}: {len(lengths)} token lengths for {len(store)} cells; count them again")
-        encoder = RankEncoder(store.gene_ids, store.symbols, vocabulary, max_length)
+        encoder = encoder_for(store, vocabulary, max_length)
         self.cells: np.ndarray | CellSet
         if isinstance(cells, CellSet):
             self.cells = cells.having(lengths)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megacell.geneformer.ranking import RankEncoder
+from megacell.geneformer.token_folder import encoder_for
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 
@@ -67,7 +67,7 @@ def mapped(path: Path, dtype: np.dtype, size: int) -> np.ndarray | None:
 
 
 def _count(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
-    encoder = RankEncoder(store.gene_ids, store.symbols, vocabulary)
+    encoder = encoder_for(store, vocabulary)
     lengths = np.empty(len(store), np.uint16)
     for first in range(0, len(store), CELLS_AT_ONCE):
         cells = np.arange(first, min(first + CELLS_AT_ONCE, len(store)))

@@ -12,6 +12,7 @@ from megacell.geneformer.batches import BatchStream, MicroBatch
 from megacell.geneformer.lengths import token_lengths
 from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.split import Split, SplitSettings, split_cells
+from megacell.geneformer.token_folder import open_cells
 from megacell.geneformer.vocabulary import Vocabulary, check_coverage
 from megacell.store import CellStore
 from megacell.store.errors import DataError
@@ -58,7 +59,8 @@ class TrainingData:
     @classmethod
     def open(cls, cfg: DictConfig) -> "TrainingData":
         """Open everything; raises DataError where store and vocabulary do not fit or no cell is left."""
-        store, vocabulary = CellStore.open(cfg.store), Vocabulary.open(cfg.vocabulary)
+        vocabulary = Vocabulary.open(cfg.vocabulary)
+        store = open_cells(cfg.store, vocabulary)
         coverage = check_coverage(
             store.gene_ids, store.symbols, vocabulary, str(cfg.store), allow=cfg.data.allow_low_coverage
         )
