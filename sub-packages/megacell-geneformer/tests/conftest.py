@@ -149,3 +149,25 @@ def vocabulary_for():
         return Vocabulary(**{**given, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model_for():
+    """Make an untrained model over a vocabulary; its weights are wide, so that states of different tokens differ."""
+    from omegaconf import OmegaConf
+
+    from megacell.geneformer.model.config import ModelConfig
+    from megacell.geneformer.model.init import initialise
+    from megacell.geneformer.training.module import GeneformerModel
+
+    def make(vocabulary, provenance=None, **sizes):
+        network = {"layers": 3, "hidden": 32, "ffn": 64, "heads": 4, "max_length": vocabulary.max_length,
+                   "vocabulary_size": vocabulary.size, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+                   "layernorm_epsilon": 1e-12, "init_std": 0.3, **sizes}  # fmt: skip
+        cfg = {"network": network, "precision": "fp32", "vocabulary": vocabulary.hash, "provenance": provenance or {}}
+        model = GeneformerModel(OmegaConf.create(cfg))
+        initialise(model.bert, ModelConfig.of(network), seed=5)
+        model.vocabulary = vocabulary
+        return model.eval()
+
+    return make

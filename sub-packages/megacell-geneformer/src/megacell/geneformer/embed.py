@@ -124,7 +124,8 @@ def _layer_number(layer: str | int, layers: int) -> int:
     named = {"last": layers, "second_to_last": layers - 1}
     number = named.get(str(layer)) or (int(layer) if str(layer).isdigit() else 0)
     if not 1 <= number <= layers:
-        raise UsageError(f"--layer {layer}: choose last, second_to_last or a number from 1 to {layers}")
+        names = "last, second_to_last" if layers > 1 else "last"
+        raise UsageError(f"--layer {layer}: choose {names} or a number from 1 to {layers}, the model's layers")
     return number
 
 

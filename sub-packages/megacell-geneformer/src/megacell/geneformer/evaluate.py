@@ -212,7 +212,7 @@ def _row(group: str, losses: dict[str, np.ndarray], chosen: np.ndarray) -> dict[
     for name in PREDICTORS:
         row[name] = None
         if name in losses:
-            nats = losses[name][chosen]
+            nats = losses[name][chosen].astype(np.float64)
             mean = nats.mean()
             off = np.bincount(place, weights=nats) - mean * weights  # ratio estimator: cells are the sample
             error = np.sqrt((off**2).sum()) / weights.sum()

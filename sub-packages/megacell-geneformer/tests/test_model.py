@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed attention against a padded reference with an explicit mask; the masked-only head against the whole one."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megacell.geneformer.model import attention
+from megacell.geneformer.model.bert import Pack
+from megacell.geneformer.model.init import PADDING_BIAS
+from megacell.geneformer.training import device
+
+LENGTHS = (1, 7, 40, 2, 19)
+HEADS, SIZE = 4, 8
+
+
+def padded_attention(query, key, value, lengths):
+    """Softmax attention over cells padded to the longest, with an additive mask: written out, no SDPA."""
+    longest, starts = max(lengths), [0, *np.cumsum(lengths)]
+    real = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]  # [cells, longest]
+
+    def padded(x):
+        fill = x.new_full((longest, HEADS, SIZE), 3.0)
+        return torch.stack([torch.cat([x[a:b], fill[b - a :]]) for a, b in pairwise(starts)])
+
+    q, k, v = (padded(x).transpose(1, 2) for x in (query, key, value))
+    scores = q @ k.transpose(2, 3) / math.sqrt(SIZE)
+    scores = scores.masked_fill(~real[:, None, None], -math.inf)
+    out = (torch.softmax(scores, -1) @ v).transpose(1, 2)
+    return out[real]
+
+
+@pytest.fixture
+def tensors():
+    """Query, key, value and a weight for each output: float64 [T, H, D]."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, sum(LENGTHS), HEADS, SIZE)
+    return [x.clone().requires_grad_() for x in torch.randn(shape, generator=generator, dtype=torch.float64) * 2]
+
+
+def packed() -> PackedSeqParams:
+    bounds = torch.tensor(np.concatenate([[0], np.cumsum(LENGTHS)]), dtype=torch.int32)
+    return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=max(LENGTHS), max_seqlen_kv=max(LENGTHS))
+
+
+def output_and_gradients(attend, tensors, dtype):
+    """The output, and the gradients of a weighted sum of it."""
+    query, key, value, weights = (x.detach().to(dtype).requires_grad_() for x in tensors)
+    out = attend(query, key, value)
+    (out * weights).sum().backward()
+    return [out.detach(), query.grad, key.grad, value.grad]
+
+
+def distance(one, other) -> float:
+    """Relative to the norm of the other."""
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+@pytest.mark.parametrize("backend", ["sequences", "nested"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["float32", "float64"])
+def test_attention_and_its_gradients_equal_a_padded_masked_reference(backend, dtype, most, tensors):
+    run = lambda q, k, v: attention.BACKENDS[backend](q, k, v, packed(), 0.0)  # noqa: E731
+    ours = output_and_gradients(run, tensors, dtype)
+    reference = output_and_gradients(lambda q, k, v: padded_attention(q, k, v, LENGTHS), tensors, torch.float64)
+    for one, other in zip(ours, reference, strict=True):
+        assert one.shape == (sum(LENGTHS), HEADS, SIZE)
+        assert distance(one, other) <= most
+
+
+def test_both_backends_agree(tensors):
+    one, other = (
+        output_and_gradients(lambda q, k, v, b=b: attention.BACKENDS[b](q, k, v, packed(), 0.0), tensors, torch.float32)
+        for b in ("sequences", "nested")
+    )
+    for ours, theirs in zip(one, other, strict=True):
+        assert distance(ours, theirs) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", ["sequences", "nested"])
+def test_attention_dropout_drops_and_keeps_the_mean(backend, tensors):
+    query, key, value, _ = (x.detach().float() for x in tensors)
+    torch.manual_seed(3)
+    whole = attention.BACKENDS[backend](query, key, value, packed(), 0.0)
+    drawn = torch.stack([attention.BACKENDS[backend](query, key, value, packed(), 0.3) for _ in range(100)])
+    assert (drawn[0] != whole).any()
+    spread = drawn.std(0) / math.sqrt(len(drawn))
+    assert ((drawn.mean(0) - whole).abs() < 6 * spread + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "dropout", "backend"),
+    [
+        ("cpu", torch.float32, 0.0, "sequences"),
+        ("cpu", torch.bfloat16, 0.1, "sequences"),
+        ("cuda", torch.float32, 0.0, "nested"),
+        ("cuda", torch.bfloat16, 0.1, "nested"),
+        ("cuda", torch.bfloat16, 0.0, "varlen"),
+        ("cuda", torch.float16, 0.0, "varlen"),
+    ],
+)
+def test_the_backend_is_one_that_is_exact_there(where, dtype, dropout, backend):
+    assert attention.choose_backend(torch.device(where), dtype, dropout) == backend
+
+
+# the network over a pack
+
+
+@pytest.fixture(scope="module")
+def model(model_for, vocabulary_for):
+    return model_for(vocabulary_for(genes=100, max_length=64))
+
+
+def pack_of(cells: list[np.ndarray], masked: np.ndarray, labels: np.ndarray) -> Pack:
+    lengths = [len(cell) for cell in cells]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    arrays = (np.concatenate(cells), np.concatenate([np.arange(n) for n in lengths]), starts)
+    return Pack(*map(torch.from_numpy, arrays), max(lengths), torch.from_numpy(masked), torch.from_numpy(labels))
+
+
+@pytest.fixture
+def pack():
+    draw = np.random.default_rng(0)
+    cells = [draw.integers(4, 104, n) for n in LENGTHS]
+    masked = np.sort(draw.choice(sum(LENGTHS), 15, replace=False))
+    return pack_of(cells, masked, draw.integers(4, 104, 15))
+
+
+def test_the_masked_only_head_gives_the_losses_of_the_whole_one(model, pack):
+    with device.single_process(), torch.no_grad():
+        ours = model.bert(pack)
+        logits = model.bert.logits(model.bert.encode(pack))  # at every token
+    assert logits.shape == (sum(LENGTHS), 128)  # 104 tokens, padded
+    expected = torch.nn.functional.cross_entropy(logits.double(), everywhere(pack), reduction="none")[pack.masked]
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_masked_only_head_gives_the_gradients_of_the_whole_one(model, pack):
+    with device.single_process():
+        model.bert.zero_grad()
+        model.bert(pack).sum().backward()
+        ours = {name: p.grad.clone() for name, p in model.bert.named_parameters()}
+        model.bert.zero_grad()
+        logits = model.bert.logits(model.bert.encode(pack))
+        chosen = torch.zeros(len(logits)).index_fill_(0, pack.masked, 1.0)
+        losses = torch.nn.functional.cross_entropy(logits, everywhere(pack), reduction="none")
+        (losses * chosen).sum().backward()
+        for name, parameter in model.bert.named_parameters():
+            scale = float(parameter.grad.abs().max())
+            assert scale > 0, name
+            torch.testing.assert_close(
+                ours[name], parameter.grad, rtol=0, atol=1e-5 * scale, msg=lambda m, n=name: n + m
+            )
+        model.bert.zero_grad()
+
+
+def everywhere(pack: Pack) -> torch.Tensor:
+    """Return labels at every token; what stands where nothing is masked does not matter."""
+    labels = torch.full((len(pack.tokens),), 4)
+    labels[pack.masked] = pack.labels
+    return labels
+
+
+def test_rows_that_pad_the_vocabulary_take_no_probability(model, pack):
+    with device.single_process(), torch.no_grad():
+        logits = model.bert.logits(model.bert.encode(pack))
+    assert float(torch.softmax(logits.double(), -1)[:, 104:].sum(-1).max()) == 0
+    assert float(model.bert.output_layer.bias[104:].max()) == PADDING_BIAS
+
+
+def test_a_cells_states_do_not_depend_on_the_cells_beside_it(model, pack):
+    with device.single_process(), torch.no_grad():
+        together = model.bert.encode(pack)
+        starts = pack.cu_seqlens.tolist()
+        none = np.zeros(0, np.int64)
+        for a, b in pairwise(starts):
+            alone = model.bert.encode(pack_of([pack.tokens[a:b].numpy()], none, none))
+            torch.testing.assert_close(together[a:b], alone, rtol=0, atol=1e-5)
+
+
+def test_the_order_of_a_cells_genes_matters(model, pack):
+    none = np.zeros(0, np.int64)
+    cell = pack.tokens[8:48].numpy()
+    with device.single_process(), torch.no_grad():
+        one, other = (model.bert.encode(pack_of([c], none, none)).mean(0) for c in (cell, cell[::-1].copy()))
+    assert float((one - other).norm() / one.norm()) > 0.01
