@@ -8,7 +8,7 @@ finished is kept for the next one of the same request.
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megacell.store.duplicates import Duplicates, duplicates_of
@@ -23,6 +23,7 @@ from megacell.store.plan import PLAN, Plan, load_plan, make_plan
 from megacell.store.progress import Progress, watching
 from megacell.store.publish import publish
 from megacell.store.sources.open import find_sources
+from megacell.store.sources.scdl import count_blocks, is_scdl
 from megacell.store.target import check_target, open_target, sweep
 from megacell.store.tasks import Amendment, Outcome, amend, amendments, attempt, outcome_of
 
@@ -195,7 +196,16 @@ def _samples(
     listed = {sample.path.resolve() for sample in of_sheet}
     if len(listed) < len(of_sheet):
         raise UsageError(f"{sheet}: names a file twice; leave one line out")
-    return [sample for sample in plain if sample.path.resolve() not in listed] + of_sheet
+    samples = [sample for sample in plain if sample.path.resolve() not in listed] + of_sheet
+    return [each for sample in samples for each in _blocks(sample)]
+
+
+def _blocks(sample: Sample) -> list[Sample]:
+    """Return an archive of bionemo-scdl as its blocks, any other source as it is."""
+    if not (sample.path.is_dir() and is_scdl(sample.path)):
+        return [sample]
+    blocks = range(count_blocks(sample.path))
+    return [replace(sample, options=replace(sample.options, block=block)) for block in blocks]
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def run_convert(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(table(_HEAD, [_found(inspection) for inspection in report.inspections]))
         return int(any(inspection.refused for inspection in report.inspections))
-    return _print_report(report)
+    return print_report(report)
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -122,7 +122,7 @@ def _part(text: str | None) -> tuple[int, int] | None:
     return int(number), int(of)
 
 
-def _print_report(report: "ConversionReport") -> int:
+def print_report(report: "ConversionReport") -> int:
     """Print what was done; exit code 1 if files were left out."""
     for source in report.sources:
         size = f"{source.cells:,} cells, {source.genes:,} genes"

@@ -96,6 +96,8 @@ def inspect(sample: Sample, aside: Path | None = None) -> Inspection:
                 found.features = _put_aside(source, aside)
         if aside is not None:
             found.hash = hash_source(sample.path)
+            if block := sample.options.block:  # each block of an archive is a source
+                found.hash = xxhash.xxh3_64_hexdigest(f"{found.hash} {block}".encode())
             check_unchanged(found)
     except MegacellError as error:
         found.refused = error

@@ -30,7 +30,8 @@ def tidy(obs: pd.DataFrame) -> pd.DataFrame:
     """Return a file's obs with text column names, none of them one of ours or twice there."""
     obs = obs.copy(deep=False)
     obs.index = obs.index.astype(str)
-    obs.columns = [OWN_SOURCE if str(c) == SOURCE else str(c) for c in obs.columns]
+    ours = {SOURCE: OWN_SOURCE, INDEX: f"{INDEX}_in_file"}
+    obs.columns = [ours.get(str(c), str(c)) for c in obs.columns]
     return obs.loc[:, ~obs.columns.duplicated()]
 
 

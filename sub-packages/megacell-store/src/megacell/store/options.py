@@ -30,6 +30,7 @@ class Options:
     where: str | None = None
     min_counts: float = 0
     min_genes: int = 0
+    block: int = 0  # of an archive of bionemo-scdl; set by `convert`
 
     def open(self, path: Path, settled: Settled | None = None, scratch: Path | None = None) -> CellSource:
         """Open one source; `settled` and `scratch` as for `open_source`."""
@@ -41,6 +42,7 @@ class Options:
             id_map=Path(self.id_map) if self.id_map else None,
             scratch=scratch,
             settled=settled,
+            block=self.block,
         )
 
 

@@ -23,6 +23,8 @@ class Container(ABC):
         Of all cells, in the file's order, and of X's columns.
     uns : dict of str
         The file's own texts about itself.
+    notes : list of str
+        What was mended in reading.
     """
 
     format = ""
@@ -31,6 +33,7 @@ class Container(ABC):
         if not len(obs) or not len(var):
             raise DataError(f"{path}: holds {len(obs)} cells and {len(var)} genes; leave it out")
         self.path, self.obs, self.var, self.uns = path, obs, var, uns or {}
+        self.notes: list[str] = getattr(self, "notes", [])
 
     def matrices(self) -> list[str]:
         """Return the matrices' names, the likeliest to hold counts first."""

@@ -9,6 +9,7 @@ from megacell.store.errors import DataError, UsageError
 from megacell.store.sources.anndata_file import AnnDataFile, open_h5, open_h5mu, open_zarr
 from megacell.store.sources.container import Container
 from megacell.store.sources.loom import Loom
+from megacell.store.sources.scdl import ScdlBlock, is_scdl
 from megacell.store.sources.tenx import TenxFolder, TenxH5
 
 SUFFIXES: dict[str, Callable[[Path], Container]] = {
@@ -19,7 +20,7 @@ SUFFIXES: dict[str, Callable[[Path], Container]] = {
 }
 
 
-def open_container(path: Path) -> Container:
+def open_container(path: Path, block: int = 0) -> Container:
     """Open one source by what it is: a folder by what is in it, a file by its suffix; .h5ad where that says nothing.
 
     Raises
@@ -32,7 +33,9 @@ def open_container(path: Path) -> Container:
             return open_zarr(path)
         if is_tenx(path):
             return TenxFolder(path)
-        raise DataError(f"{path}: neither a Zarr store nor a folder of Cell Ranger")
+        if is_scdl(path):
+            return ScdlBlock(path, block)
+        raise DataError(f"{path}: neither a Zarr store, a folder of Cell Ranger nor an archive of bionemo-scdl")
     return SUFFIXES.get(path.suffix.lower(), SUFFIXES[".h5ad"])(path)
 
 
@@ -74,7 +77,7 @@ def find_sources(sources: str | os.PathLike[str] | Iterable[str | os.PathLike[st
 
 def _inside(folder: Path) -> list[Path]:
     """Return a folder that is itself a source, or the sources below it, never what lies within a Zarr store."""
-    if is_zarr(folder) or is_tenx(folder):
+    if is_zarr(folder) or is_tenx(folder) or is_scdl(folder):
         return [folder]
     found = []
     for entry in folder.iterdir():

@@ -57,7 +57,7 @@ class CellSource:
         self.format, self.n_cells = file.format, len(file.obs)
         features = choice.features
         self.gene_ids, self.symbols, self.biotypes = features.gene_ids, features.symbols, features.biotypes
-        self.ids, self.notes = features.ids, list(features.notes)
+        self.ids, self.notes = features.ids, [*file.notes, *features.notes]
         settled = self.settled = choice.settled
         self.kind = settled.kind
         self.matrix = settled.name if settled.precision is None else f"recover:{settled.name}"
@@ -184,6 +184,7 @@ def open_source(
     id_map: Path | None = None,
     scratch: Path | None = None,
     settled: Settled | None = None,
+    block: int = 0,
 ) -> CellSource:
     """Open a file or folder of cells and find its counts and genes.
 
@@ -203,6 +204,8 @@ def open_source(
         Folder for the temporary files by which a CSC matrix is read by rows; the system's own unless given.
     settled : Settled, optional
         What an earlier opening of the same file settled; `counts` is not looked at then.
+    block : int
+        Which block of an archive of bionemo-scdl; any other source has one.
 
     Raises
     ------
@@ -217,7 +220,7 @@ def open_source(
     own_ids = read_id_map(id_map) if id_map else None
     file = None
     try:
-        file = open_container(path)
+        file = open_container(path, block)
         if settled:
             choice = reopen_counts(file, settled, gene_ids, own_ids)
         else:
