@@ -25,6 +25,7 @@ _NOISE = (  # said by Megatron and torch at every start, and nothing that a user
     r"The \.grad attribute of a Tensor that is not a leaf",
     "Converting a tensor with requires_grad=True",
     "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
     "You are using `torch.load` with `weights_only=False`",
 )
 
