@@ -126,6 +126,24 @@ def test_a_rate_of_zero_chooses_none():
     assert len(corrupt(range(50), [100] * 50, settings=MaskSettings(rate=0.0))[2]) == 0
 
 
+def test_a_dynamic_rate_is_uniform_over_cells_and_every_cells_own():
+    settings = MaskSettings(rate=0.1, rate_to=0.5)
+    _, _, masked, _, cu = corrupt(range(1500), [400] * 1500, settings=settings)
+    rates = np.bincount(np.searchsorted(cu, masked, side="right") - 1, minlength=1500) / 400
+    assert abs(rates.mean() - 0.3) < 5 * 0.4 / np.sqrt(12 * 1500)
+    assert chisquare(np.histogram(np.clip(rates, 0.1, 0.4999), bins=8, range=(0.1, 0.5))[0]).pvalue > 1e-6
+    alone = corrupt([77], [400], settings=settings)[2]
+    assert np.array_equal(masked[(masked >= cu[77]) & (masked < cu[78])] - cu[77], alone)
+
+
+def test_the_shares_of_bionemo_lie_within_binomial_bounds():
+    tokens, _, masked, labels, _ = corrupt(range(2000), [200] * 2000, settings=MaskSettings(0.15, 0.8, 0.02))
+    now = tokens[masked]
+    for found, share in (((now == 1).sum(), 0.8), (((now != 1) & (now != labels)).sum(), 0.02 * (1 - 1 / len(GENES)))):
+        low, high = binom.interval(1 - 1e-9, len(masked), share)
+        assert low <= found <= high
+
+
 def test_a_cell_looks_the_same_in_any_company():
     cells, lengths = [7, 2**40, 12, 99], [30, 200, 3, 57]
     together, _, _, _, cu = corrupt(cells, lengths)
@@ -153,7 +171,9 @@ def test_two_cells_are_masked_independently():
     assert all(len(one & other) < 60 for one, other in [(sets[0], sets[1]), (sets[0], sets[2]), (sets[1], sets[2])])
 
 
-@pytest.mark.parametrize("wrong", [{"rate": 1.1}, {"mask": -0.1}, {"mask": 0.8, "random": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"rate": 1.1}, {"mask": -0.1}, {"mask": 0.8, "random": 0.3}, {"rate_to": 0.1}], ids=str
+)
 def test_shares_that_are_none_are_refused(wrong):
     with pytest.raises(UsageError, match="masking"):
         MaskSettings(**wrong)

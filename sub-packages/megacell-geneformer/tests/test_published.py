@@ -141,3 +141,6 @@ def test_the_command_makes_the_vocabulary(server, published, tmp_path, capsys):
     assert cli.main(["vocabulary", "fetch", "geneformer-v2", "--out", str(tmp_path / "v2")]) == 0
     assert Vocabulary.open(tmp_path / "v2").hash == published["V2"].hash
     assert "geneformer-v2" in capsys.readouterr().out
+    command = ["vocabulary", "fetch", "geneformer-v1", "--bionemo", "--out", str(tmp_path / "bionemo")]
+    assert cli.main(command) == 0
+    assert Vocabulary.open(tmp_path / "bionemo").prefix == (published["V1"].size,)

@@ -7,7 +7,9 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 
+from megacell.geneformer.ranking import rank_encode
 from megacell.geneformer.vocabulary import Vocabulary, check_coverage
 from megacell.store.errors import DataError, UsageError
 
@@ -213,3 +215,16 @@ class TestCoverage:
             check_coverage(mouse, None, published["V2"], "mouse.h5ad")
         with pytest.raises(DataError, match="another species"):
             check_coverage([str(i) for i in range(len(mouse))], mouse, published["V2"], "mouse.h5ad")
+
+
+@pytest.mark.parametrize("specials", [("pad", "mask"), ("pad", "mask", "cls", "eos")], ids=["V1's kind", "V2's kind"])
+def test_bionemos_layout_puts_cls_in_front_and_nothing_behind(specials, vocabulary_for, tmp_path):
+    vocabulary = vocabulary_for(20, specials=specials)
+    bionemo = vocabulary.for_bionemo()
+    assert (bionemo.max_length, bionemo.prefix, bionemo.suffix) == (2048, (bionemo.specials["cls"],), ())
+    assert bionemo.tokens.tolist() == vocabulary.tokens.tolist()
+    assert bionemo.specials["cls"] not in vocabulary.tokens
+    tokens, _ = rank_encode(sp.csr_matrix(np.eye(20)[:1]), vocabulary.gene_ids, bionemo)
+    assert tokens.tolist() == [bionemo.specials["cls"], int(vocabulary.tokens[0])]
+    bionemo.save(tmp_path / "v")
+    assert Vocabulary.open(tmp_path / "v").hash == bionemo.hash

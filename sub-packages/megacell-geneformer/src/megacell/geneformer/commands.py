@@ -19,6 +19,9 @@ def register(commands: Any) -> None:
     register_data(commands)
 
 
+_BIONEMO = "lay cells out as BioNeMo's Geneformer does: cls in front, 2,048 tokens"
+
+
 def _register_vocabulary(commands: Any) -> None:
     parser = commands.add_parser("vocabulary", help="make a vocabulary: genes, tokens, medians")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -47,11 +50,13 @@ def _register_vocabulary(commands: Any) -> None:
     imported.add_argument("--symbols", type=Path, help="gene_name_id_dict*.pkl: symbols of the genes")
     imported.add_argument("--out", type=Path, required=True, metavar="VOCAB", help="directory to make")
     imported.add_argument("--name", help="default: the edition's")
+    imported.add_argument("--bionemo", action="store_true", help=_BIONEMO)
     imported.set_defaults(run=_import)
 
     fetched = actions.add_parser("fetch", help="Geneformer's published dictionaries, from Hugging Face")
     fetched.add_argument("edition", choices=["geneformer-v1", "geneformer-v2"])
     fetched.add_argument("--out", type=Path, required=True, metavar="VOCAB", help="directory to make")
+    fetched.add_argument("--bionemo", action="store_true", help=_BIONEMO)
     fetched.set_defaults(run=_fetch)
 
 
@@ -75,6 +80,8 @@ def _import(args: argparse.Namespace) -> int:
 
     refuse_existing(args.out)
     vocabulary = import_geneformer(args.tokens, args.medians, args.gene_ids, args.symbols, args.name)
+    if args.bionemo:
+        vocabulary = vocabulary.for_bionemo()
     return _save(vocabulary, args.out, [f"{len(vocabulary.aliases):,} other ids and names of its genes"])
 
 
@@ -84,6 +91,8 @@ def _fetch(args: argparse.Namespace) -> int:
 
     refuse_existing(args.out)
     vocabulary = fetch_geneformer(args.edition)
+    if args.bionemo:
+        vocabulary = vocabulary.for_bionemo()
     return _save(vocabulary, args.out, [f"{len(vocabulary.aliases):,} other ids and names of its genes"])
 
 

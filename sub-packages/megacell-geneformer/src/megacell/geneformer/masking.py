@@ -8,6 +8,8 @@ depends on its neighbours in a batch, on workers, ranks, or on where a run was r
 - key: the first two words of Philox(counter = (epoch, 0, stream, 0), key = seed), see `stream_key`;
 - position p of a cell (specials counted) is chosen when word p % 4 of Philox(counter = (cell low, cell high, p // 4,
   0)) lies under rate x 2^32 and the token is a gene's;
+- the rate may be dynamic, one for each cell: rate + (rate_to - rate) x (first word of Philox(counter = (cell low, cell
+  high, 0, 3))) / 2^32;
 - what becomes of it: (kind, high, low, _) = Philox(counter = (cell low, cell high, p, 1)); kind under mask x 2^32: the
   mask token; else under (mask + random) x 2^32: gene number (high x 2^32 + low) x G / 2^64 of the G gene tokens; else
   the token stays.
@@ -44,18 +46,23 @@ class MaskSettings:
     random : float, default 0.1
         Share of the chosen that become any gene's token, uniformly; the rest stays as it is. (BERT: 0.8 and 0.1,
         Devlin et al. 2019; BioNeMo's Geneformer: 0.8 and 0.02.)
+    rate_to : float, optional
+        Draw each cell's rate uniformly from ``rate`` to this (a dynamic rate); the same for all by default.
 
     Raises
     ------
     UsageError
-        A share outside 0…1, or mask + random above 1.
+        A share outside 0…1, mask + random above 1, or rate_to below rate.
     """
 
     rate: float = 0.15
     mask: float = 0.8
     random: float = 0.1
+    rate_to: float | None = None
 
     def __post_init__(self) -> None:
+        if self.rate_to is not None and not self.rate <= self.rate_to <= 1:
+            raise UsageError(f"masking: rate_to is {self.rate_to}; give a share from rate, {self.rate}, to 1, or null")
         for name in ("rate", "mask", "random"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"masking: {name} is {getattr(self, name)}; give a share from 0 to 1")
@@ -63,8 +70,9 @@ class MaskSettings:
             raise UsageError(f"masking: mask {self.mask} and random {self.random} exceed 1 together; lower one")
 
     def thresholds(self) -> np.ndarray:
-        """Return rate, mask and mask + random as fractions of 2^32, uint64 [3]."""
-        shares = np.array([self.rate, self.mask, min(self.mask + self.random, 1.0)])
+        """Return rate, mask, mask + random and by what the rate may rise as fractions of 2^32, uint64 [4]."""
+        rise = 0.0 if self.rate_to is None else self.rate_to - self.rate
+        shares = np.array([self.rate, self.mask, min(self.mask + self.random, 1.0), rise])
         return np.rint(shares * 2.0**32).astype(np.uint64)
 
 
@@ -138,6 +146,16 @@ def _draw_fates(
 
 
 @compiled
+def _rate_of(cell: Any, key: np.ndarray, thresholds: np.ndarray) -> Any:
+    """Return a cell's own rate, as a fraction of 2^32."""
+    if thresholds[3] == 0:
+        return thresholds[0]
+    low, high = np.uint32(cell), np.uint32(cell >> _HALF)
+    word = philox(low, high, np.uint32(0), np.uint32(3), key[0], key[1])[0]
+    return thresholds[0] + ((np.uint64(word) * thresholds[3]) >> _HALF)
+
+
+@compiled
 def mask_cells(
     packed: tuple[np.ndarray, np.ndarray],
     cells: tuple[np.ndarray, np.ndarray],
@@ -155,7 +173,7 @@ def mask_cells(
     cells : (numbers, keys)
         int64 [n], the cells' global numbers; and uint32 [n, 2], `stream_key` of each one's epoch.
     rules : (thresholds, gene_tokens, is_gene, mask_token)
-        uint64 [3], of `MaskSettings.thresholds`; int32 [G], what a random token is drawn from; bool [V], which tokens
+        uint64 [4], of `MaskSettings.thresholds`; int32 [G], what a random token is drawn from; bool [V], which tokens
         may be chosen; int.
     room : (words, kinds, drawn)
         uint32, uint32 and int64, each for the longest cell + 4.
@@ -173,7 +191,7 @@ def mask_cells(
     total = 0
     for i in range(len(numbers)):
         row, cell, key = tokens[cu_lengths[i] : cu_lengths[i + 1]], np.uint64(numbers[i]), keys[i]
-        n = _choose(row, cell, key, thresholds[0], is_gene, words, masked[total:])
+        n = _choose(row, cell, key, _rate_of(cell, key, thresholds), is_gene, words, masked[total:])
         chosen, label = masked[total : total + n], labels[total : total + n]
         _draw_fates(cell, key, len(gene_tokens), chosen, kinds, drawn)
         for j in range(n):

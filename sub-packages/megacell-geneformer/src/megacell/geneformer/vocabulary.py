@@ -7,7 +7,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,16 @@ class Vocabulary:
             move_into_place(work, path)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+    def for_bionemo(self) -> "Vocabulary":
+        """Return this vocabulary for cells as BioNeMo's Geneformer lays them out: cls in front, 2,048 tokens.
+
+        A cls token that is lacking (Geneformer's V1) becomes the last one.
+        """
+        specials = {**self.specials, "cls": self.specials.get("cls", self.size)}
+        return replace(
+            self, name=f"{self.name}-bionemo", specials=specials, prefix=(specials["cls"],), suffix=(), max_length=2048
+        )
 
     def _meta(self) -> dict[str, Any]:
         return {
