@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact non-zero medians of every gene over any number of cells, in bounded memory; and the vocabulary made from them.
 
-A median is selected, not sorted out of all values: each gene has an interval that holds its middle values. While the
-intervals hold more values than fit, one pass over the cells counts them in bins and narrows every interval to the bin
-of the middle ones; then one pass collects what is left, and the middle is read off. Positive float64 order like their
-bits, so intervals are of uint64 and bins are powers of two wide.
+A median is selected, not sorted out of all values: each gene has an interval that holds its middle values. A sample of
+the cells says where (Floyd and Rivest 1975); one pass over all cells counts what lies below and keeps what lies inside,
+which proves the interval right, and the middle is read off. Where a sample misled, or the intervals hold more values
+than fit, passes over the cells count values in bins and narrow the intervals to the bin of the middle ones until they
+do. Positive float64 order like their bits, so intervals are of uint64 and bins are powers of two wide.
 
 Shapes: G genes of the store, n cells.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from megacell.geneformer.buffers import WorkingRoom
 from megacell.geneformer.compiling import compiled
 from megacell.geneformer.gene_names import is_ensembl
 from megacell.geneformer.ranking_kernels import TARGET_SUM, row_total
 from megacell.geneformer.split import SplitSettings, split_cells
+from megacell.geneformer.vector_sort import sort_address, sort_keys
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError
@@ -24,6 +28,9 @@ from megacell.store.errors import DataError
 CELLS_AT_ONCE = 256
 MOST_VALUES = 1 << 25  # collected at once: 256 MiB
 BINS = 256
+LEAST_SAMPLE = 1024  # cells that say where medians lie
+LARGEST_BITS = 0x7FF0000000000000  # infinity's: above those of every number
+LOW, WIDTH, BELOW, SEEN = range(4)
 FIRST_GENE_TOKEN = 4
 MAX_LENGTH = 2048
 RANKED_BIOTYPES = ("protein_coding", "miRNA")  # Geneformer's choice, where biotypes are known
@@ -39,25 +46,66 @@ def _bits_of_row(counts: np.ndarray, bits: np.ndarray) -> None:
 
 
 @compiled
+def _bracket(sorted_values: np.ndarray) -> tuple[Any, Any]:
+    """Return where the middle values of all cells lie, most likely, by those of a sample: lowest and highest bits."""
+    m = len(sorted_values)
+    spread = 2.5 * np.sqrt(m) + 2.0  # five standard deviations of the rank of a median
+    first, last = int(0.5 * m - spread), int(0.5 * m + spread) + 1
+    lowest = sorted_values[first] if first >= 0 else np.uint64(0)
+    highest = sorted_values[last] if last < m else np.uint64(LARGEST_BITS)
+    return lowest, highest
+
+
+@compiled
+def _brackets(values: np.ndarray, ends: np.ndarray, sort: int, state: np.ndarray) -> None:
+    """Set every gene's interval in ``state`` from a sample's values, gene after gene; see `_survey`."""
+    first = 0
+    for g in range(len(ends)):
+        own = values[first : ends[g]]
+        sort_keys(own, sort)
+        lowest, highest = _bracket(own)
+        state[g, LOW], state[g, WIDTH] = lowest, highest - lowest + np.uint64(1)
+        first = ends[g]
+
+
+@compiled
 def _survey(
     indptr: np.ndarray,
     genes: np.ndarray,
     counts: np.ndarray,
     bits: np.ndarray,
-    seen: np.ndarray,
-    smallest: np.ndarray,
-    largest: np.ndarray,
-) -> None:
-    """Count each gene's values and find the smallest and largest."""
+    state: np.ndarray,
+    kept: tuple[np.ndarray, np.ndarray],
+    at: Any,
+) -> Any:
+    """Count each gene's values and those below its interval, and keep those inside while there is room.
+
+    ``state``: uint64 [G, 4], side by side for each gene what `LOW`, `WIDTH`, `BELOW` and `SEEN` number;
+    ``kept``: genes uint32 and bits uint64, filled up to ``at``. Returns the new ``at``, which stops at their end.
+    """
+    kept_genes, kept_bits = kept
+    end = len(kept_bits) - 1
     for cell in range(len(indptr) - 1):
         row = slice(indptr[cell], indptr[cell + 1])
         gene, count = genes[row], counts[row]
         _bits_of_row(count, bits)
         for j in range(len(gene)):
-            if count[j] > 0:
-                seen[gene[j]] += 1
-                smallest[gene[j]] = min(smallest[gene[j]], bits[j])
-                largest[gene[j]] = max(largest[gene[j]], bits[j])
+            g = np.uint64(gene[j])
+            above_low = bits[j] - state[g, np.uint64(LOW)]  # far above every width for a value below
+            there = np.uint64(count[j] > 0)
+            state[g, np.uint64(SEEN)] += there
+            state[g, np.uint64(BELOW)] += (above_low >> np.uint64(63)) & there
+            kept_genes[at], kept_bits[at] = gene[j], bits[j]
+            at = min(at + np.int64(np.uint64(above_low < state[g, np.uint64(WIDTH)]) & there), end)
+    return at
+
+
+@compiled
+def _by_gene(genes: np.ndarray, bits: np.ndarray, ends: np.ndarray, out: np.ndarray) -> None:
+    """Write values gene after gene; ``ends`` holds where each gene's begin, and then where they end."""
+    for i in range(len(genes)):
+        out[ends[genes[i]]] = bits[i]
+        ends[genes[i]] += 1
 
 
 @compiled
@@ -130,11 +178,15 @@ class _Rows:
     """The cells' rows, block by block, as often as asked for; with working room for the longest."""
 
     def __init__(self, store: CellStore, cells: np.ndarray) -> None:
-        self.store, self.cells = store, cells
+        self.store, self.cells, self._room = store, cells, WorkingRoom()
+
+    def _empty(self, size: int, dtype: np.dtype) -> np.ndarray:
+        return self._room.get(str(dtype), size, dtype)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         for first in range(0, len(self.cells), CELLS_AT_ONCE):
-            indptr, genes, counts = self.store.gather(self.cells[first : first + CELLS_AT_ONCE])
+            block = self.cells[first : first + CELLS_AT_ONCE]
+            indptr, genes, counts = self.store.gather(block, empty=self._empty)
             yield indptr, genes, counts, np.empty(int(np.diff(indptr).max(initial=0)), np.uint64)
 
 
@@ -162,25 +214,88 @@ def gene_medians(
         In how many of the cells each gene has a count.
     """
     n_genes, rows = len(store.gene_ids), _Rows(store, np.asarray(cells, np.int64))
-    seen = np.zeros(n_genes, np.int64)
-    smallest, largest = np.full(n_genes, np.iinfo(np.uint64).max), np.zeros(n_genes, np.uint64)
+    state = np.zeros((n_genes, 4), np.uint64)
+    _set_intervals(state, _Rows(store, _sample(store, rows.cells, most_values)))
+    kept = np.empty(most_values + 1, np.uint32), np.empty(most_values + 1, np.uint64)
+    medians, seen = _surveyed(rows, state, kept, min_cells)
+    missed = (seen >= max(1, min_cells)) & np.isnan(medians)
+    if missed.any() and seen[missed].sum() < most_values:  # a few genes, in whose values the sample misled
+        state[:] = 0
+        state[missed, WIDTH] = LARGEST_BITS
+        medians = np.where(missed, _surveyed(rows, state, kept, min_cells)[0], medians)
+    elif missed.any():
+        del kept
+        rank = np.stack([(seen - 1) // 2, seen // 2])
+        medians = np.where(missed, _narrowed(rows, missed, seen, rank, most_values), medians)
+    return medians, seen
+
+
+def _surveyed(
+    rows: "_Rows", state: np.ndarray, kept: tuple[np.ndarray, np.ndarray], min_cells: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Go through all rows; return the medians that lie in their genes' intervals, else NaN, and `SEEN`."""
+    filled = 0
     for row in rows:
-        _survey(*row, seen, smallest, largest)
-    wanted = seen >= max(1, min_cells)
+        filled = _survey(*row, state, kept, filled)
+    seen, below = state[:, SEEN].astype(np.int64), state[:, BELOW].astype(np.int64)
     rank = np.stack([(seen - 1) // 2, seen // 2])
-    low = np.stack([smallest, smallest])
-    width = np.where(wanted, largest - smallest + np.uint64(1), np.uint64(0)) * np.ones((2, 1), np.uint64)
+    inside = np.bincount(kept[0][:filled], minlength=len(state))
+    found = (seen >= max(1, min_cells)) & (rank[0] >= below) & (rank[1] < below + inside)
+    found &= filled < len(kept[0]) - 1  # else there was no room for all
+    return _read_off((kept[0][:filled], kept[1][:filled]), inside, rank - below, found), seen
+
+
+def _narrowed(rows: "_Rows", wanted: np.ndarray, seen: np.ndarray, rank: np.ndarray, most_values: int) -> np.ndarray:
+    """Compute the ``wanted`` genes' medians, float64 [G], in as many passes as it takes."""
+    low = np.zeros((2, len(wanted)), np.uint64)
+    width = np.where(wanted, np.uint64(LARGEST_BITS), np.uint64(0)) * np.ones((2, 1), np.uint64)
     inside = np.where(wanted, seen, 0) * np.ones((2, 1), np.int64)
     while inside[width > 1].sum() > most_values:
         bits = (
             np.ceil(np.log2(np.maximum(width, 1).astype(np.float64))).astype(np.int64) + 1
         )  # one to spare for rounding
         shift = np.maximum(bits - int(np.log2(BINS)), 0).astype(np.uint64)
-        bins = np.zeros((2, n_genes, BINS), np.uint32)
+        bins = np.zeros((2, len(wanted), BINS), np.uint32)
         for row in rows:
             _count_bins(*row, low, width, shift, bins)
         _narrow(low, width, shift, bins, rank, inside)
-    return _middles(rows, low, width, rank, inside, wanted), seen
+    return _middles(rows, low, width, rank, inside, wanted)
+
+
+def _sample(store: CellStore, cells: np.ndarray, most_values: int) -> np.ndarray:
+    """Return cells from all over, as many as are worth a look and fit."""
+    few = cells[:: max(1, len(cells) // 64)]
+    values = max(1, int(np.diff(store.gather(few)[0]).mean())) if len(few) else 1
+    wanted = max(LEAST_SAMPLE, len(cells) // 16)
+    return cells[:: max(1, len(cells) // max(1, min(wanted, most_values // (2 * values))))]
+
+
+def _set_intervals(state: np.ndarray, rows: "_Rows") -> None:
+    """Set each gene's interval by a sample's rows; see `_survey`."""
+    state[:, WIDTH] = LARGEST_BITS
+    stored = sum(int(row[0][-1]) for row in rows)
+    kept, filled = (np.empty(stored + 1, np.uint32), np.empty(stored + 1, np.uint64)), 0
+    for row in rows:
+        filled = _survey(*row, state, kept, filled)
+    inside = np.bincount(kept[0][:filled], minlength=len(state))
+    ends = np.cumsum(inside) - inside
+    values = np.empty(filled, np.uint64)
+    _by_gene(kept[0][:filled], kept[1][:filled], ends, values)
+    state[:, [BELOW, SEEN]] = 0
+    _brackets(values, ends, sort_address(), state)
+
+
+def _read_off(
+    kept: tuple[np.ndarray, np.ndarray], inside: np.ndarray, rank: np.ndarray, wanted: np.ndarray
+) -> np.ndarray:
+    """Read the middle values off what was kept, float64 [G]."""
+    ends = np.cumsum(inside) - inside
+    starts, values = ends.copy(), np.empty(len(kept[0]), np.uint64)
+    _by_gene(*kept, ends, values)
+    for first, last in zip(starts.tolist(), ends.tolist(), strict=True):
+        values[first:last].sort()
+    low, high = (values[np.where(wanted, starts + side, 0)].view(np.float64) if len(values) else 0.0 for side in rank)
+    return np.where(wanted, 0.5 * (low + high), np.nan)
 
 
 def _middles(
