@@ -46,20 +46,24 @@ def wait_until(command: Command, run, step: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def killed(settings, made):
-    """The same run, killed without warning between two checkpoints; and whether a process of it was left behind."""
-    run = made / "killed"
-    command = Command("pretrain", *settings, f"out={run}")
-    wait_until(command, run, 2 * EVERY + 3)
-    born = command.family()
+def kill(command: Command) -> list[int]:
+    """Kill a command's process group without warning; return what of its family still lives seconds later."""
     os.killpg(command.process.pid, signal.SIGKILL)
     command.process.wait()
     for _ in range(200):
         if not (left := command.family()):
             break
         time.sleep(0.05)
-    return run, born, left
+    return left
+
+
+@pytest.fixture(scope="module")
+def killed(settings, made):
+    """The same run, killed without warning between two checkpoints; and whether a process of it was left behind."""
+    run = made / "killed"
+    command = Command("pretrain", *settings, f"out={run}")
+    wait_until(command, run, 2 * EVERY + 3)
+    return run, command.family(), kill(command)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,17 @@ def test_a_killed_run_leaves_no_process_behind(killed):
     assert len(born) >= 3, "the command and its two ranks"
     assert not left
     assert EVERY < last_step(run) < STEPS
+
+
+def test_a_run_killed_while_it_starts_leaves_no_process_behind(settings, tmp_path):
+    command = Command("pretrain", *settings, f"out={tmp_path / 'run'}")
+    while len(command.family()) < 3:  # its ranks have only just been born
+        assert command.process.poll() is None
+        time.sleep(0.02)
+    left = kill(command)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left
 
 
 def test_what_a_killed_run_has_saved_is_whole(killed):
