@@ -313,9 +313,22 @@ class BatchStream:
             if not np.array_equal(np.diff(batch.cu_seqlens)[: len(cells)], lengths):
                 raise DataError("their lengths are not those recorded for this store and vocabulary; count them again")
         except (MegacellError, ArithmeticError, LookupError, OSError, ValueError, TypeError, MemoryError) as error:
-            named = ", ".join(map(str, cells[:8])) + (f" and {len(cells) - 8} more" if len(cells) > 8 else "")
+            blamed = self._failing(cells, lengths)
+            named = ", ".join(map(str, blamed[:8])) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "")
             raise DataError(f"{self.store.path}: step {k}, cells {named}: {error}") from error
         return batch
+
+    def _failing(self, cells: np.ndarray, lengths: np.ndarray) -> list[int]:
+        """Return the cells that fail by themselves; all, where none does."""
+        failing = []
+        for cell, length in zip(cells.tolist(), lengths.tolist(), strict=True):
+            try:
+                batch = self._packer.pack(self._packer.gather(self.store, np.array([cell])), np.array([cell]))
+                if batch.n_tokens != length:
+                    failing.append(cell)
+            except (MegacellError, ArithmeticError, LookupError, OSError, ValueError, TypeError, MemoryError):
+                failing.append(cell)
+        return failing or cells.tolist()
 
     def prefetched(self, first: int, last: int | None = None, depth: int = 2) -> "Prefetched":
         """Return an iterator over the micro-batches of steps first … last - 1 (endless without last), made ahead.

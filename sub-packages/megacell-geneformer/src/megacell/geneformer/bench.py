@@ -181,6 +181,7 @@ def _where_and_when() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": {"processor": _processor(), "cores": os.cpu_count()},
+        "load_average_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
     }
 
