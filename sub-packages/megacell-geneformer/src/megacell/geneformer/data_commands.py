@@ -5,6 +5,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megacell.store.bench_command import bench_actions
+
 
 def register_data(commands: Any) -> None:
     """Add the sub-commands to argparse's sub-parsers."""
@@ -49,9 +51,7 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 def _register_bench(commands: Any) -> None:
     example = "example:\n  megacell bench batches STORE --vocabulary VOCAB --json > figures.json"
-    parser = _add(commands, "bench", "measure how fast this machine is", example)
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    batches = actions.add_parser("batches", help="from a store to ranked, masked, packed batches")
+    batches = _add(bench_actions(commands), "batches", "from a store to ranked, masked, packed batches", example)
     batches.add_argument("store", type=Path, metavar="STORE")
     batches.add_argument("--vocabulary", type=Path, required=True, metavar="VOCAB")
     batches.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")

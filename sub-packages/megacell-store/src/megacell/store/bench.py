@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast random cells come out of a store, beside what plain NumPy and SciPy do with the same cells."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from megacell.store.cells import CellStore
+from megacell.store.gather import RowBuffer
+from megacell.store.shard import FOLDER, Shard
+
+Array = np.ndarray[Any, Any]
+BATCH, REPEATS = 64, 5
+IN_MEMORY = 200_000_000  # values up to which scipy's CSR in memory is measured too
+
+
+def rate(work: Callable[[Array], object], cells: int, seconds: float, batch: int = BATCH) -> dict[str, float]:
+    """Return rows a second and a CPU-second of a function of random cells: medians of five runs, after one to warm up.
+
+    Parameters
+    ----------
+    work : callable
+        Takes int64 [batch], numbers below `cells`.
+    cells : int
+    seconds : float
+        Of all runs together.
+    """
+    random = np.random.default_rng(0)
+    walls, cpus = [], []
+    for run in range(REPEATS + 1):
+        rows, wall, cpu = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - wall < seconds / REPEATS:
+            work(random.integers(0, cells, batch))
+            rows += batch
+        if run:
+            walls.append(rows / (time.perf_counter() - wall))
+            cpus.append(rows / (time.process_time() - cpu))
+    return {"rows_per_second": statistics.median(walls), "rows_per_cpu_second": statistics.median(cpus)}
+
+
+def numpy_slices(store: CellStore) -> Callable[[Array], sp.csr_matrix]:
+    """Return what a careful user writes by hand over the same maps: slices a row, joined to CSR."""
+    shards = [Shard(store.path, record) for record in store.manifest.shards]
+    first = np.concatenate([[0], np.cumsum([record.cells for record in store.manifest.shards])])
+
+    def read(cells: Array) -> sp.csr_matrix:
+        genes, counts, lengths = [], [], [0]
+        for cell in cells.tolist():
+            number = int(np.searchsorted(first, cell, side="right")) - 1
+            shard, row = shards[number], cell - first[number]
+            start, stop = shard.indptr[row], shard.indptr[row + 1]
+            values = shard.counts[start:stop].astype(np.float32)
+            if shard.counts.dtype == np.uint8:
+                large = np.flatnonzero(values == 255)
+                if len(large):
+                    values[large] = shard.large[np.searchsorted(shard.positions, start + large)]
+            genes.append(shard.indices[start:stop])
+            counts.append(values)
+            lengths.append(stop - start)
+        indices = np.concatenate(genes).astype(np.int32)
+        return sp.csr_matrix((np.concatenate(counts), indices, np.cumsum(lengths)), (len(cells), store.shape[1]))
+
+    return read
+
+
+def bench_read(store: CellStore, seconds: float = 5.0) -> dict[str, Any]:
+    """Measure random batches of 64 cells as CSR, one process, warm pages.
+
+    Returns
+    -------
+    dict
+        By method: rows_per_second, rows_per_cpu_second; and the store's cells, genes and values a cell.
+    """
+    buffer = RowBuffer()
+    methods: dict[str, Callable[[Array], object]] = {
+        "store.rows": store.rows,
+        "store.rows into a buffer": lambda cells: store.rows(cells, buffer),
+        "numpy slices of the same maps": numpy_slices(store),
+    }
+    if store.manifest.values <= IN_MEMORY:
+        whole = store.rows(slice(None))
+        methods["scipy CSR in memory"] = whole.__getitem__
+    random = np.random.default_rng(1).integers(0, len(store), BATCH)
+    for name, method in methods.items():
+        found: Any = method(random)
+        if (found != store.rows(random)).nnz:
+            raise AssertionError(f"{name} reads other values in {store.path / FOLDER}")
+    figures = {name: rate(method, len(store), seconds) for name, method in methods.items()}
+    cells, genes = store.shape
+    return {"cells": cells, "genes": genes, "values_per_cell": store.manifest.values / max(1, cells), **figures}

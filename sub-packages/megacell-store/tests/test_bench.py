@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What bench read measures reads the same cells by every method, and has a figure for each."""
+
+import numpy as np
+import pytest
+
+from megacell.store import CellStore, convert
+from megacell.store.bench import bench_read, numpy_slices
+
+
+@pytest.fixture
+def store(counts, save, tmp_path) -> CellStore:
+    convert(save(counts), tmp_path / "store", shard_bytes=10_000, allow_subset=True)
+    return CellStore.open(tmp_path / "store")
+
+
+def test_plain_slices_read_what_the_store_reads(store, counts):
+    cells = np.array([59, 0, 5, 6, 7, 7])
+    np.testing.assert_array_equal(numpy_slices(store)(cells).toarray(), counts[cells])
+
+
+def test_every_method_has_its_figures(store):
+    figures = bench_read(store, seconds=0.05)
+    methods = {name for name, own in figures.items() if isinstance(own, dict)}
+    assert {"store.rows", "numpy slices of the same maps", "scipy CSR in memory"} <= methods
+    assert all(figures[name]["rows_per_cpu_second"] > 0 for name in methods)
