@@ -225,9 +225,10 @@ def spoil_common(folder, trace) -> str:
 
 
 def spoil_bytes(folder, trace) -> str:
-    """A bytes entry in place of a tensor: torch would read its bytes through an open unpickler."""
+    """A bytes entry, of its own or in place of a tensor: torch reads its bytes through an open unpickler."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
-    name = next(name for name in metadata.state_dict_metadata if name.startswith("lm_head.dense.bias"))
+    entries = metadata.state_dict_metadata
+    name = next((n for n, entry in entries.items() if isinstance(entry, BytesStorageMetadata)), "lm_head.dense.bias")
     metadata.state_dict_metadata[name] = BytesStorageMetadata()
     payload = io.BytesIO()
     torch.save(Runs(trace), payload)
