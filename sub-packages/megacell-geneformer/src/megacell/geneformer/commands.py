@@ -2,10 +2,13 @@
 """Geneformer's sub-commands of `megacell`; nothing heavy is imported before a command runs."""
 
 import argparse
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 from megacell.geneformer.data_commands import register_data
+from megacell.store.errors import MegacellError
 
 
 def register(commands: Any) -> None:
@@ -150,9 +153,26 @@ def _pretrain(args: argparse.Namespace) -> int:
 
         print(OmegaConf.to_yaml(compose(args.settings)), end="")
         return 0
+    from megacell.geneformer.training.launch import end_with_parent, started_by_launcher
+
+    if started_by_launcher():
+        end_with_parent()  # before the slow imports: a run can be killed while it starts
     from megacell.geneformer.training.pretrain import main
 
-    return main(args.settings)
+    try:
+        return main(args.settings)
+    except MegacellError:
+        _let_the_first_rank_say_it()
+        raise
+
+
+def _let_the_first_rank_say_it() -> None:
+    """Wait on all other ranks: what is wrong on all of them is one line, and their launcher ends them meanwhile."""
+    from megacell.geneformer.training.launch import is_first
+
+    if not is_first():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
 
 
 def _register_export(commands: Any) -> None:
@@ -184,6 +204,7 @@ def _register_evaluate(commands: Any) -> None:
     parser.add_argument("store", type=Path, metavar="STORE")
     parser.add_argument("--by", metavar="COLUMN", help="also by the values of an obs column")
     parser.add_argument("--cells", type=int, default=2000, help="most held-out cells (default: %(default)s)")
+    parser.add_argument("--allow-low-coverage", action="store_true", help="take a store of under 25 %% of the genes")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.set_defaults(run=_evaluate)
 
@@ -192,7 +213,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     _quiet()
     from megacell.geneformer.evaluate import evaluate
 
-    result = evaluate(args.model, args.store, by=args.by, cells=args.cells)
+    result = evaluate(
+        args.model, args.store, by=args.by, cells=args.cells, allow_low_coverage=args.allow_low_coverage
+    )
     print(result.to_json() if args.json else result.table())
     return 0
 

@@ -45,6 +45,12 @@ class ModelConfig:
     init_std: float
 
     def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "ffn", "heads", "max_length", "vocabulary_size"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise UsageError(f"model.{name}={value}: must be a whole number of at least 1")
+        for name in ("hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_std"):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise UsageError(f"model.{name}={value}: must be a number")
         if self.hidden % self.heads:
             raise UsageError(f"model.hidden={self.hidden} does not divide into model.heads={self.heads}: change one")
         if not 0 <= self.hidden_dropout < 1 or not 0 <= self.attention_dropout < 1:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megacell.store.durable import flush_file, hash_file, move_into_place
 from megacell.store.errors import DataError
@@ -56,7 +57,9 @@ def _state(bert, optimizer=None, *, loading: bool) -> dict:
     from megatron.core import parallel_state
 
     metadata = {**SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state = {"model": bert.sharded_state_dict(metadata=metadata)}
+    model = bert.sharded_state_dict(metadata=metadata)
+    # an _extra_state is pickled bytes, which torch would read back through an open unpickler; ours are empty
+    state = {"model": {name: part for name, part in model.items() if not name.endswith("_extra_state")}}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
     return state
@@ -75,6 +78,11 @@ def save(folder: Path, step: int, bert, optimizer, facts: dict, keep: int) -> Pa
         For ``checkpoint.json``: what the checkpoint belongs to.
     keep : int
         Newest checkpoints that stay.
+
+    Raises
+    ------
+    DataError
+        It could not be written; the checkpoints before it stay as they are.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -88,22 +96,34 @@ def save(folder: Path, step: int, bert, optimizer, facts: dict, keep: int) -> Pa
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_state(bert, optimizer, loading=False), str(temporary))
-    dist.barrier()
+    try:
+        dist_checkpointing.save(_state(bert, optimizer, loading=False), str(temporary))
+        dist.barrier()
+        if first:
+            _finish(temporary, target, step, facts)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder).free
+        raise DataError(
+            f"{target}: could not be written ({free:,} bytes are free); make room, then go on with resume=true"
+        ) from error
     if first:
-        files = {p.name: [p.stat().st_size, hash_file(p)] for p in sorted(temporary.iterdir())}
-        marker = temporary / MARKER
-        marker.write_text(
-            json.dumps({"format": FORMAT, "version": VERSION, "step": step, **facts, "files": files}, indent=1)
-        )
-        for path in temporary.iterdir():
-            flush_file(path)
-        shutil.rmtree(target, ignore_errors=True)
-        move_into_place(temporary, target)
         for old in sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return target
+
+
+def _finish(temporary: Path, target: Path, step: int, facts: dict) -> None:
+    """Say in the marker what the checkpoint is, wait until all of it is on disk, and give it its name."""
+    files = {p.name: [p.stat().st_size, hash_file(p)] for p in sorted(temporary.iterdir())}
+    content = {"format": FORMAT, "version": VERSION, "step": step, **facts, "files": files}
+    (temporary / MARKER).write_text(json.dumps(content, indent=1))
+    for path in temporary.iterdir():
+        flush_file(path)
+    shutil.rmtree(target, ignore_errors=True)
+    move_into_place(temporary, target)
 
 
 def read_facts(checkpoint: Path) -> dict:
@@ -151,7 +171,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         for name in ("Size", "device", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8")
     } | {
         ("torch.distributed.checkpoint.metadata", name)
-        for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+        for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
                      "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")
     } | {
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -172,13 +192,19 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _refuse_foreign_pickles(checkpoint: Path) -> None:
-    """Read ``.metadata`` through a restricted unpickler before torch reads it through an open one."""
+    """Read the pickles of a checkpoint in restricted ways before torch reads ``.metadata`` through an open one."""
     path = checkpoint / ".metadata"
     try:
         with open(path, "rb") as file:
             _MetadataUnpickler(file).load()
     except pickle.UnpicklingError as error:
         raise DataError(f"{path}: holds {error}, which no checkpoint of ours does: refused") from error
+    try:
+        torch.load(path := checkpoint / "common.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = named[1] if named else "no state"
+        raise DataError(f"{path}: holds {what}, which no checkpoint of ours does: refused") from error
 
 
 def load(checkpoint: Path, bert, optimizer=None) -> dict:
@@ -193,7 +219,7 @@ def load(checkpoint: Path, bert, optimizer=None) -> dict:
     if optimizer is not None:
         _prepare(optimizer)
     loaded = dist_checkpointing.load(_state(bert, optimizer, loading=True), str(checkpoint))
-    bert.load_state_dict({k: v for k, v in loaded["model"].items() if not k.endswith("_extra_state")}, strict=False)
+    bert.load_state_dict(loaded["model"], strict=False)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)

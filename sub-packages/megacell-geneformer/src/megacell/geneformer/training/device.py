@@ -46,6 +46,7 @@ def quiet() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # its errors are also raised
     nemo_logging.setLevel(logging.ERROR)
 
 

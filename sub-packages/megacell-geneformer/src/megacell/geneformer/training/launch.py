@@ -9,6 +9,7 @@ import sys
 import uuid
 
 INTERRUPTED = 75  # exit code after a signal: a checkpoint was saved, resume=true goes on (sysexits' EX_TEMPFAIL)
+_PARENT = "MEGACELL_LAUNCHER"  # in the environment of the ranks: the id of the process that started them
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -41,9 +42,9 @@ def is_first() -> bool:
 def end_with_parent() -> None:
     """Have the kernel end this process when its parent dies, so that a killed run leaves none behind (Linux)."""
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = int(os.environ.get(_PARENT, os.getppid()))
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
+        if os.getppid() != parent:  # it died before
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -78,6 +79,7 @@ def launch(devices: int, overrides: list[str]) -> int:
         monitor_interval=0.5,
         signals_to_handle="SIGQUIT",
     )
+    os.environ[_PARENT] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     previous = {number: signal.signal(number, _forward) for number in _FORWARDED}
     try:

@@ -17,8 +17,6 @@ def main(overrides: list[str]) -> int:
     settings.check_ranks(cfg, launch.world_size(cfg.devices))
     if cfg.devices > 1 and not launch.started_by_launcher():
         return launch.launch(cfg.devices, overrides)
-    if launch.started_by_launcher():
-        launch.end_with_parent()
     return train(cfg)
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from megacell.geneformer.baselines import TokenFrequency, frequency_log_prior
 from megacell.geneformer.batches import BatchStream, MicroBatch, Prefetched
-from megacell.geneformer.interchange.open import load_into
+from megacell.geneformer.interchange.open import check_fit, load_into
 from megacell.geneformer.model.attention import choose_backend
 from megacell.geneformer.model.bert import PackedBert
 from megacell.geneformer.model.init import initialise
@@ -45,6 +45,8 @@ class Run:
         self.data = TrainingData.open(cfg)
         self.data.stream()  # refuses settings that no batch can be made with, before a folder is
         self.network = settings.model_config(cfg, self.data.vocabulary.size)
+        if cfg.init and not cfg.resume:
+            check_fit(self.network, self.data.vocabulary, Path(cfg.init))  # before a folder is made, too
         self.step = 0
         self.stopped = False
         self.baselines: dict[str, float] = {}

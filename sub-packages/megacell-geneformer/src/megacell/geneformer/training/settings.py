@@ -85,15 +85,19 @@ def _check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"{name}={value}: must be a whole number of at least 1")
+    for name in ("lr", "min_lr", "warmup", "weight_decay", "beta1", "beta2", "eps", "clip"):
+        if not isinstance(cfg.optim[name], int | float) or cfg.optim[name] < 0:
+            raise UsageError(f"optim.{name}={cfg.optim[name]}: must be a number of at least 0")
     if cfg.precision not in PRECISIONS:
         raise UsageError(f"precision={cfg.precision}: choose one of {', '.join(PRECISIONS)}")
     if cfg.optim.schedule not in SCHEDULES:
         raise UsageError(f"optim.schedule={cfg.optim.schedule}: choose one of {', '.join(SCHEDULES)}")
     if not 0 <= cfg.optim.warmup < cfg.steps:
         raise UsageError(f"optim.warmup={cfg.optim.warmup}: must be at least 0 and under steps={cfg.steps}")
-    if cfg.batch.tokens < cfg.model.max_length:
-        raise UsageError(f"batch.tokens={cfg.batch.tokens}: must be at least model.max_length={cfg.model.max_length}")
-    model_config(cfg, vocabulary_size=1).check_parallel(cfg.parallel.tensor)
+    model = model_config(cfg, vocabulary_size=1)
+    model.check_parallel(cfg.parallel.tensor)
+    if cfg.batch.tokens < model.max_length:
+        raise UsageError(f"batch.tokens={cfg.batch.tokens}: must be at least model.max_length={model.max_length}")
 
 
 def model_config(cfg: DictConfig, vocabulary_size: int) -> ModelConfig:
