@@ -213,9 +213,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     _quiet()
     from megacell.geneformer.evaluate import evaluate
 
-    result = evaluate(
-        args.model, args.store, by=args.by, cells=args.cells, allow_low_coverage=args.allow_low_coverage
-    )
+    result = evaluate(args.model, args.store, by=args.by, cells=args.cells, allow_low_coverage=args.allow_low_coverage)
     print(result.to_json() if args.json else result.table())
     return 0
 
