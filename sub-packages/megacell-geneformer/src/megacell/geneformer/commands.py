@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megacell.geneformer.data_commands import register_data
+from megacell.geneformer.data_commands import add_command, register_data
 from megacell.store.errors import MegacellError
 
 
@@ -130,16 +130,8 @@ def _quiet() -> None:
     quiet()
 
 
-def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    return parser
-
-
 def _register_pretrain(commands: Any) -> None:
-    parser = _add(commands, "pretrain", "train a model on a store (a Hydra app: OPTION=VALUE)", _PRETRAIN)
+    parser = add_command(commands, "pretrain", "train a model on a store (a Hydra app: OPTION=VALUE)", _PRETRAIN)
     parser.add_argument("settings", nargs="*", metavar="OPTION=VALUE", help="Hydra overrides")
     parser.add_argument("--cfg", action="store_true", help="print the composed options and stop")
     parser.set_defaults(run=_pretrain)
@@ -177,7 +169,7 @@ def _let_the_first_rank_say_it() -> None:
 
 def _register_export(commands: Any) -> None:
     example = "example:\n  megacell export RUN --to nemo --out model.nemo"
-    parser = _add(commands, "export", "write a trained model as one portable file", example)
+    parser = add_command(commands, "export", "write a trained model as one portable file", example)
     parser.add_argument("model", type=Path, metavar="RUN|CKPT", help="a run (its newest checkpoint) or a checkpoint")
     parser.add_argument("--to", choices=["nemo"], required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -199,7 +191,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _register_evaluate(commands: Any) -> None:
     example = "example:\n  megacell evaluate RUN STORE --by cell_type"
-    parser = _add(commands, "evaluate", "held-out loss of a model beside baselines that need none", example)
+    parser = add_command(commands, "evaluate", "held-out loss of a model beside baselines that need none", example)
     parser.add_argument("model", type=Path, metavar="MODEL", help=".nemo file, run or checkpoint")
     parser.add_argument("store", type=Path, metavar="STORE")
     parser.add_argument("--by", metavar="COLUMN", help="also by the values of an obs column")
@@ -220,7 +212,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _register_embed(commands: Any) -> None:
     example = "example:\n  megacell embed model.nemo cells.h5ad --out embedded.h5ad"
-    parser = _add(commands, "embed", "embed cells; writes obsm['X_megacell'] in the input's order", example)
+    parser = add_command(commands, "embed", "embed cells; writes obsm['X_megacell'] in the input's order", example)
     parser.add_argument("model", type=Path, metavar="MODEL", help=".nemo file, run or checkpoint")
     parser.add_argument("data", type=Path, metavar="DATA", help=".h5ad file or store")
     parser.add_argument("--out", type=Path, required=True, metavar="F.h5ad|F.npy|F.parquet")
@@ -249,7 +241,7 @@ def _embed(args: argparse.Namespace) -> int:
 
 def _register_demo(commands: Any) -> None:
     example = "examples:\n  megacell demo\n  megacell demo --data FOLDER --out demo --tensor 2"
-    parser = _add(commands, "demo", "the whole path on real cells, in a few minutes on two CPU cores", example)
+    parser = add_command(commands, "demo", "the whole path on real cells, in a few minutes on two CPU cores", example)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to make (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="your folder of .h5ad files, in place of scanpy's PBMC")
     parser.add_argument("--label", default="cell_type", help="obs column of cell types (default: %(default)s)")

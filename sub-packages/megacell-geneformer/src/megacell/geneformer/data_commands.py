@@ -14,7 +14,8 @@ def register_data(commands: Any) -> None:
     _register_bench(commands)
 
 
-def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+def add_command(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    """Add a sub-command whose help ends in examples."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -27,7 +28,7 @@ def _register_tokenize(commands: Any) -> None:
         "example:\n  megacell tokenize STORE --vocabulary VOCAB --out DIR\n\n"
         "DIR is what datasets.load_from_disk and Geneformer's scripts load. Started again after a stop, it goes on."
     )
-    parser = _add(commands, "tokenize", "write a store's cells as a Hugging Face dataset of tokens", example)
+    parser = add_command(commands, "tokenize", "write a store's cells as a Hugging Face dataset of tokens", example)
     parser.add_argument("store", type=Path, metavar="STORE")
     parser.add_argument("--vocabulary", type=Path, required=True, metavar="VOCAB")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
@@ -51,7 +52,7 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 def _register_bench(commands: Any) -> None:
     example = "example:\n  megacell bench batches STORE --vocabulary VOCAB --json > figures.json"
-    batches = _add(bench_actions(commands), "batches", "from a store to ranked, masked, packed batches", example)
+    batches = add_command(bench_actions(commands), "batches", "from a store to ranked, masked, packed batches", example)
     batches.add_argument("store", type=Path, metavar="STORE")
     batches.add_argument("--vocabulary", type=Path, required=True, metavar="VOCAB")
     batches.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")

@@ -26,7 +26,6 @@ _NOISE = (  # said by Megatron and torch at every start, and nothing that a user
     "Converting a tensor with requires_grad=True",
     "`load_state_dict` is deprecated",
     "Please use DTensor instead",
-    "You are using `torch.load` with `weights_only=False`",
 )
 
 
