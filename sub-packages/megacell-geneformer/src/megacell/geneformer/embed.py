@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embeddings of cells: counts → tokens → packs → hidden states → one vector a cell, in the input's order."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import pairwise
@@ -30,6 +31,7 @@ POOLS = ("mean", "cls")
 PACK_TOKENS = 16_384  # of one forward pass
 ROWS_AT_ONCE = 2048
 LEAST_GENES = 10_000  # a file that measures fewer is a selection of genes
+HDF5_OVERHEAD = 1 << 20  # bytes that HDF5 may add to what it is given
 SUFFIXES = (".h5ad", ".npy", ".parquet")
 
 
@@ -251,6 +253,16 @@ def _write(out: Path, data: Path, obs: pd.DataFrame, embeddings: np.ndarray, n_t
         temporary.unlink(missing_ok=True)
 
 
+def _make_room(path: Path, size: int) -> None:
+    """Raise OSError unless ``size`` bytes fit behind a file: HDF5 crashes where a disk fills up under it."""
+    with open(path, "ab") as file:
+        end = file.tell()
+        try:
+            os.posix_fallocate(file.fileno(), end, size)
+        finally:
+            file.truncate(end)
+
+
 def _write_h5ad(
     path: Path, data: Path, obs: pd.DataFrame, embeddings: np.ndarray, n_tokens: np.ndarray, facts: dict
 ) -> None:
@@ -260,11 +272,14 @@ def _write_h5ad(
     import anndata as ad
     import h5py
 
+    added = 2 * embeddings.nbytes + n_tokens.nbytes + int(obs.memory_usage(deep=True).sum()) + HDF5_OVERHEAD
     if data.is_dir():
+        _make_room(path, added)
         adata = ad.AnnData(obs=obs.assign(**{COUNT: n_tokens}), obsm={KEY: embeddings}, uns={"megacell": facts})
         adata.write_h5ad(path)
         return
     shutil.copyfile(data, path)
+    _make_room(path, added)
     with h5py.File(path, "r+") as file:
         for group in ("obsm", "uns"):
             if group not in file:
