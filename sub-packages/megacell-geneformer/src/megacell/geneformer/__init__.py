@@ -21,7 +21,6 @@ _HOMES = {  # public name → module; imported when first asked for (PEP 562), s
     "check_coverage": "vocabulary",
     "choose_cells": "cell_sets",
     "embed_file": "embed",
-    "evaluate": "evaluate",
     "fetch_geneformer": "published",
     "import_geneformer": "geneformer_pickles",
     "open_model": "interchange.open",
