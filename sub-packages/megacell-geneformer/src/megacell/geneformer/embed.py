@@ -237,6 +237,7 @@ def _write(out: Path, data: Path, obs: pd.DataFrame, embeddings: np.ndarray, n_t
     """Write beside ``out``, then rename."""
     temporary = out.with_name(out.name + TEMPORARY)
     try:
+        _make_room(temporary, embeddings.nbytes + n_tokens.nbytes)
         if out.suffix == ".npy":
             with open(temporary, "wb") as file:
                 np.save(file, embeddings)
@@ -249,6 +250,8 @@ def _write(out: Path, data: Path, obs: pd.DataFrame, embeddings: np.ndarray, n_t
             _write_h5ad(temporary, data, obs, embeddings, n_tokens, facts)
         flush_file(temporary)
         move_into_place(temporary, out)
+    except OSError as error:
+        raise DataError(f"{out}: could not be written: {error.strerror or error}; see to room and rights") from error
     finally:
         temporary.unlink(missing_ok=True)
 
