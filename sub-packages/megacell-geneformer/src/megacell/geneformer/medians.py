@@ -109,30 +109,6 @@ def _by_gene(genes: np.ndarray, bits: np.ndarray, ends: np.ndarray, out: np.ndar
 
 
 @compiled
-def _count_bins(
-    indptr: np.ndarray,
-    genes: np.ndarray,
-    counts: np.ndarray,
-    bits: np.ndarray,
-    low: np.ndarray,
-    width: np.ndarray,
-    shift: np.ndarray,
-    bins: np.ndarray,
-) -> None:
-    """Count the values in the lower and upper middle's intervals, in ``bins`` (uint32 [2, G, BINS]) 2^shift wide."""
-    for cell in range(len(indptr) - 1):
-        row = slice(indptr[cell], indptr[cell + 1])
-        gene, count = genes[row], counts[row]
-        _bits_of_row(count, bits)
-        for j in range(len(gene)):
-            g = gene[j]
-            for side in range(2):
-                above = bits[j] - low[side, g]  # a value below the interval wraps round to far above it
-                if above < width[side, g] and count[j] > 0:
-                    bins[side, g, above >> shift[side, g]] += 1
-
-
-@compiled
 def _narrow(
     low: np.ndarray, width: np.ndarray, shift: np.ndarray, bins: np.ndarray, rank: np.ndarray, inside: np.ndarray
 ) -> None:
@@ -151,17 +127,18 @@ def _narrow(
 
 
 @compiled
-def _collect(
+def _find_inside(
     indptr: np.ndarray,
     genes: np.ndarray,
     counts: np.ndarray,
     bits: np.ndarray,
     low: np.ndarray,
     width: np.ndarray,
-    ends: np.ndarray,
-    collected: np.ndarray,
-) -> None:
-    """Append the values inside the intervals to each interval's place in ``collected``."""
+    places: np.ndarray,
+    found: np.ndarray,
+) -> Any:
+    """Write the values inside the intervals and which of them (side x G + gene) each lies in; return how many."""
+    at, n_genes = 0, low.shape[1]
     for cell in range(len(indptr) - 1):
         row = slice(indptr[cell], indptr[cell + 1])
         gene, count = genes[row], counts[row]
@@ -169,9 +146,11 @@ def _collect(
         for j in range(len(gene)):
             g = gene[j]
             for side in range(2):
-                if bits[j] - low[side, g] < width[side, g] and count[j] > 0:
-                    collected[ends[side, g]] = bits[j]
-                    ends[side, g] += 1
+                above = bits[j] - low[side, g]  # a value below the interval wraps round to far above it
+                if above < width[side, g] and count[j] > 0:
+                    places[at], found[at] = side * n_genes + g, bits[j]
+                    at += 1
+    return at
 
 
 class _Rows:
@@ -188,6 +167,13 @@ class _Rows:
             block = self.cells[first : first + CELLS_AT_ONCE]
             indptr, genes, counts = self.store.gather(block, empty=self._empty)
             yield indptr, genes, counts, np.empty(int(np.diff(indptr).max(initial=0)), np.uint64)
+
+    def inside(self, low: np.ndarray, width: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield, block by block, the values inside the intervals: side x G + gene, int64, and bits, uint64."""
+        for row in self:
+            places, found = self._empty(2 * len(row[1]), np.dtype(np.int64)), np.empty(2 * len(row[1]), np.uint64)
+            n = _find_inside(*row, low, width, places, found)
+            yield places[:n], found[:n]
 
 
 def gene_medians(
@@ -242,7 +228,8 @@ def _surveyed(
     inside = np.bincount(kept[0][:filled], minlength=len(state))
     found = (seen >= max(1, min_cells)) & (rank[0] >= below) & (rank[1] < below + inside)
     found &= filled < len(kept[0]) - 1  # else there was no room for all
-    return _read_off((kept[0][:filled], kept[1][:filled]), inside, rank - below, found), seen
+    low, high = _selected(kept[0][:filled], kept[1][:filled], rank - below, found)
+    return np.where(found, 0.5 * (low + high), np.nan), seen
 
 
 def _narrowed(rows: "_Rows", wanted: np.ndarray, seen: np.ndarray, rank: np.ndarray, most_values: int) -> np.ndarray:
@@ -256,8 +243,9 @@ def _narrowed(rows: "_Rows", wanted: np.ndarray, seen: np.ndarray, rank: np.ndar
         )  # one to spare for rounding
         shift = np.maximum(bits - int(np.log2(BINS)), 0).astype(np.uint64)
         bins = np.zeros((2, len(wanted), BINS), np.uint32)
-        for row in rows:
-            _count_bins(*row, low, width, shift, bins)
+        for places, found in rows.inside(low, width):
+            above = (found - low.ravel()[places]) >> shift.ravel()[places]
+            np.add.at(bins.reshape(-1), places * BINS + above.astype(np.int64), 1)
         _narrow(low, width, shift, bins, rank, inside)
     return _middles(rows, low, width, rank, inside, wanted)
 
@@ -285,41 +273,33 @@ def _set_intervals(state: np.ndarray, rows: "_Rows") -> None:
     _brackets(values, ends, sort_address(), state)
 
 
-def _read_off(
-    kept: tuple[np.ndarray, np.ndarray], inside: np.ndarray, rank: np.ndarray, wanted: np.ndarray
-) -> np.ndarray:
-    """Read the middle values off what was kept, float64 [G]."""
+def _selected(places: np.ndarray, bits: np.ndarray, rank: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return value number ``rank`` (from 0) of each place, float64 [..., places]; something where not ``wanted``."""
+    if not len(bits):
+        return np.zeros(rank.shape)
+    inside = np.bincount(places, minlength=len(wanted))
     ends = np.cumsum(inside) - inside
-    starts, values = ends.copy(), np.empty(len(kept[0]), np.uint64)
-    _by_gene(*kept, ends, values)
+    starts, values = ends.copy(), np.empty(len(bits), np.uint64)
+    _by_gene(places, bits, ends, values)
     for first, last in zip(starts.tolist(), ends.tolist(), strict=True):
         values[first:last].sort()
-    low, high = (values[np.where(wanted, starts + side, 0)].view(np.float64) if len(values) else 0.0 for side in rank)
-    return np.where(wanted, 0.5 * (low + high), np.nan)
+    return values[np.where(wanted, starts + rank, 0)].view(np.float64)
 
 
 def _middles(
     rows: _Rows, low: np.ndarray, width: np.ndarray, rank: np.ndarray, inside: np.ndarray, wanted: np.ndarray
 ) -> np.ndarray:
     """Collect what the intervals still hold and read the middle values off, float64 [G]."""
-    open_width = np.where(width > 1, width, np.uint64(0))  # an interval one value wide is that value
-    starts = np.concatenate([[0], np.cumsum(np.where(width > 1, inside, 0))])
-    ends = starts[:-1].reshape(width.shape).copy()
-    collected = np.empty(starts[-1], np.uint64)
-    if starts[-1]:
-        for row in rows:
-            _collect(*row, low, open_width, ends, collected)
-    middle = low.copy()
-    _select(collected, starts, rank.ravel(), middle.reshape(-1))
-    values = middle.view(np.float64)
-    return np.where(wanted, 0.5 * (values[0] + values[1]), np.nan)
-
-
-@compiled
-def _select(collected: np.ndarray, starts: np.ndarray, rank: np.ndarray, middle: np.ndarray) -> None:
-    for i in range(len(rank)):
-        if starts[i + 1] > starts[i]:
-            middle[i] = np.sort(collected[starts[i] : starts[i + 1]])[rank[i]]
+    still_open = width > 1  # an interval one value wide is that value
+    room = int(inside[still_open].sum())
+    places, bits, at = np.empty(room, np.int64), np.empty(room, np.uint64), 0
+    if room:
+        for block, found in rows.inside(low, np.where(still_open, width, np.uint64(0))):
+            places[at : at + len(block)], bits[at : at + len(block)] = block, found
+            at += len(block)
+    chosen = _selected(places, bits, rank.ravel(), still_open.ravel()).reshape(low.shape)
+    middle = np.where(still_open, chosen, low.view(np.float64))
+    return np.where(wanted, 0.5 * (middle[0] + middle[1]), np.nan)
 
 
 def build_vocabulary(
