@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megacell.geneformer.bench_train_command import register_bench_train
 from megacell.geneformer.data_commands import add_command, register_data
 from megacell.store.errors import MegacellError
 
@@ -20,6 +21,7 @@ def register(commands: Any) -> None:
     _register_embed(commands)
     _register_demo(commands)
     register_data(commands)
+    register_bench_train(commands)
 
 
 _BIONEMO = "lay cells out as BioNeMo's Geneformer does: cls in front, 2,048 tokens"

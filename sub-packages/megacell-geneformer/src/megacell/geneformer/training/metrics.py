@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megacell.geneformer.batches import MicroBatch
 
 COLUMNS = (
-    "step", "loss", "grad_norm", "lr", "masked_tokens", "tokens_per_second", "data_wait", "memory_gib",
-    "cells", "tokens", "held_out_loss",
+    "step", "loss", "grad_norm", "lr", "masked_tokens", "tokens_per_second", "data_wait", "engine",
+    "memory_gib", "cells", "tokens", "held_out_loss",
 )  # fmt: skip
 SUMS = ("loss", "masked", "tokens", "cells", "stop")  # what is reduced over data parallel ranks at each step
 
@@ -36,6 +36,7 @@ class Measure:
         self.window_loss = 0.0
         self.window_start = time.perf_counter()
         self.wait_start = 0.0
+        self.engine_seconds = 0.0
 
     def start_step(self, batch: list[MicroBatch]) -> None:
         """Note what this rank has to do in the step: real tokens and cells, padding left out."""
@@ -59,9 +60,10 @@ class Measure:
             "cells": int(self.window_cells),
             "tokens_per_second": round(self.window_tokens / seconds, 1),
             "data_wait": round((waited - self.wait_start) / seconds, 4),
+            "engine": round(self.engine_seconds / seconds, 4),
             "memory_gib": round(memory_gib(), 3),
         }
-        self.window_loss = self.window_masked = self.window_tokens = self.window_cells = 0.0
+        self.window_loss = self.window_masked = self.window_tokens = self.window_cells = self.engine_seconds = 0.0
         self.window_start, self.wait_start = time.perf_counter(), waited
         return figures
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network under NeMo: a ModelPT whose training step is one optimizer step over a list of micro-batches."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,12 @@ class GeneformerModel(ModelPT):
     def training_step(self, packs, index: int) -> None:
         """One optimizer step, and what the run does after it."""
         device.seed_step(self.run.cfg.seed, self.run.step)
-        self.run.after_step(self, self.engine.train_step(packs))
+        start = time.perf_counter()
+        result = self.engine.train_step(packs)
+        self.run.measure.engine_seconds += (
+            time.perf_counter() - start
+        )  # its figures were waited for: a GPU is done, too
+        self.run.after_step(self, result)
 
     @torch.no_grad()
     def held_out_loss(self) -> tuple[float, int]:

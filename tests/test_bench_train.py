@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench train: its arithmetic, its padded batches, and once the whole command."""
+
+import json
+
+import numpy as np
+import pytest
+from runs import fine
+
+from megacell.geneformer.bench_train import Protocol, _cut, _figures, chart, flops_a_token
+from megacell.geneformer.bench_train_references import IGNORED, batches
+from megacell.geneformer.training import settings
+from megacell.geneformer.training.data import TrainingData
+
+HEAD = "step,loss,tokens_per_second,data_wait,engine,memory_gib,cells,tokens"
+
+
+@pytest.fixture
+def cfg(store, vocabulary, tmp_path):
+    return settings.compose([f"store={store}", f"vocabulary={vocabulary}", f"out={tmp_path}/run", "model=tiny"])
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["random", "grouped by length"])
+def test_a_padded_batch_holds_the_cells_as_the_pack_does(grouped, cfg):
+    cfg.batch.tokens = 1 << 20  # a step is one pack
+    data = TrainingData.open(cfg)
+    stream, pad = data.stream(), data.vocabulary.specials["pad"]
+    (pack,) = stream.step(0)
+    inside = slice(0, pack.n_tokens)
+    endless = batches(stream, 8, pad, grouped=grouped)
+    seen = [next(endless) for _ in range(cfg.batch.cells // 8)]
+    tokens = np.concatenate([batch.tokens[batch.real].numpy() for batch in seen])
+    labels = np.concatenate([batch.labels[batch.labels != IGNORED].numpy() for batch in seen])
+    assert sorted(tokens) == sorted(pack.tokens[inside])
+    assert sorted(labels) == sorted(pack.labels)
+    assert all((batch.tokens[~batch.real] == pad).all() and batch.real.any(0).all() for batch in seen)
+    spread = np.mean([np.ptp(batch.real.sum(1).numpy()) for batch in seen])
+    lengths = np.diff(pack.cu_seqlens)[: len(pack.cells)]
+    assert spread < np.ptp(lengths) if grouped else spread > 0
+
+
+def test_windows_begin_after_the_warm_up_and_end_by_steps_or_seconds(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = [f"{i},5.0,{1000 if i <= 2 else 100 * i},0.1,0.9,1.5,4,1000" for i in range(1, 9)]
+    path.write_text("\n".join([HEAD, *rows]) + "\n")
+    windows = _cut(path, Protocol(warmup=2, steps=2, seconds=1e9, windows=2))
+    assert [w["tokens"] for w in windows] == [2000, 2000]
+    assert windows[0]["seconds"] == pytest.approx(1000 / 300 + 1000 / 400)
+    assert len(_cut(path, Protocol(warmup=2, steps=99, seconds=4.0, windows=3))) == 2
+    figures = _figures(windows)
+    assert figures["tokens_per_second"] == pytest.approx(np.median([w["tokens"] / w["seconds"] for w in windows]))
+    assert figures["outside_the_engine"] == pytest.approx(0.1)
+
+
+def test_required_flops_are_those_of_the_published_arithmetic():
+    base = ["store=s", "vocabulary=v", "out=o", "model=geneformer_10m", "batch.tokens=4096"]
+    full = np.array([2048])
+    masked = flops_a_token(settings.compose(base), full, 25_426)
+    whole = flops_a_token(settings.compose([*base, "data.masking.rate=1.0"]), full, 25_426)
+    assert (round(masked / 1e6), round(whole / 1e6)) == (63, 96)
+
+
+@pytest.mark.exhaustive
+def test_the_command_measures_all_contenders(store, vocabulary, tmp_path):
+    json_file, picture = tmp_path / "f.json", tmp_path / "f.png"
+    said = fine(
+        "bench", "train", f"store={store}", f"vocabulary={vocabulary}", "model=tiny", "batch.cells=4", "--batches", "2",
+        "--warmup", "2", "--seconds", "1", "--windows", "2", "--json", json_file, "--chart", picture,
+    )  # fmt: skip
+    figures = json.loads(json_file.read_text())
+    assert list(figures["contenders"]) == [
+        "megacell", "hugging_face, 2 cells", "hugging_face_grouped, 2 cells", "stock_megatron, 2 cells",
+    ]  # fmt: skip
+    assert all(each["tokens_per_second"] > 0 for each in figures["contenders"].values())
+    assert "time outside the engine" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    chart(figures, tmp_path / "again.svg")
