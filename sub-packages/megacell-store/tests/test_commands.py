@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import EntryPoint
 
 import pytest
+from sklearn.neighbors import kneighbors_graph
 
 from megacell.store import CellStore, cli
 
@@ -109,3 +110,21 @@ def test_help_shows_an_example_and_imports_nothing_slow():
     assert "examples:" in answer
     assert "megacell convert samples/ --out cells.store" in answer
     assert answer.splitlines()[-1] == "[]"
+
+
+def test_graphs_are_kept_listed_and_exported(megacell, counts, made, save, tmp_path):
+    data, store = made.anndata(counts), tmp_path / "store"
+    data.obsp["distances"] = kneighbors_graph(counts, 4, mode="distance")
+    arguments = ("convert", save(data), "--out", store, "--allow-subset", "--neighbours", "distances")
+    assert megacell(*arguments)[0] == 0
+    assert "neighbours distances (240 edges of 60 cells)\n" in megacell("info", store)[1]
+    facts = json.loads(megacell("info", store, "--json")[1])
+    assert facts["neighbours"] == [{"name": "distances", "cells": 60, "edges": 240}]
+    archive = tmp_path / "archive"
+    assert megacell("scdl", "export", store, "--out", archive, "--neighbours", "distances")[0] == 0
+    importing = ("scdl", "import", archive, "--out", tmp_path / "back", "--allow-subset", "--neighbours", "knn")
+    assert megacell(*importing)[0] == 0
+    assert CellStore.open(tmp_path / "back").neighbours("knn").edges == 240
+    absent = ("convert", tmp_path / "made.h5ad", "--out", tmp_path / "b", "--allow-subset", "--neighbours", "knn")
+    code, _, err = megacell(*absent)
+    assert (code, err.count("\n")) == (2, 1)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
+from sklearn.neighbors import kneighbors_graph
 
 from megacell.store import CellStore, convert
 from megacell.store.errors import DataError, UsageError
@@ -210,6 +211,105 @@ def test_what_is_exported_comes_back(described, counts, tmp_path):
         export_scdl(described, tmp_path / "archive")
 
 
+def write_neighbours(archive: Path, graph: sp.csr_matrix) -> None:
+    graph.indptr.astype(np.uint64).tofile(archive / "neighbor_indptr.npy")
+    graph.indices.astype(np.uint32).tofile(archive / "neighbor_indices.npy")
+    graph.data.astype(np.float32).tofile(archive / "neighbor_values.npy")
+
+
+@pytest.fixture
+def graph() -> sp.csr_matrix:
+    """Weights that float32 holds, among the 300 cells of `blocks`: none leads from one block to another."""
+    parts = [sp.random(25, 25, 0.2, "csr", np.float32, rng=np.random.default_rng(i)) for i in range(12)]
+    return sp.block_diag(parts, format="csr")
+
+
+def test_an_archives_neighbours_go_by_the_name_asked_for(blocks, graph, tmp_path):
+    archive = write_archive(tmp_path / "archive", blocks)
+    write_neighbours(archive, graph)
+    convert(archive, tmp_path / "store", neighbours="knn", **ALLOWED)
+    found = CellStore.open(tmp_path / "store").neighbours("knn").rows(slice(None))
+    assert found.dtype == np.float32
+    assert (found != graph).nnz == 0
+    with pytest.raises(UsageError, match=r"archive.*one graph.*give one --neighbours"):
+        convert(archive, tmp_path / "other", neighbours=["a", "b"], **ALLOWED)
+    convert(archive, tmp_path / "without", **ALLOWED)
+    assert CellStore.open(tmp_path / "without").manifest.neighbours == {}
+
+
+def test_an_archive_that_was_joined_has_neighbours_of_its_first_rows_only(blocks, graph, tmp_path):
+    """Joining leaves the arrays as they were, so they are shorter than the rows."""
+    archive = write_archive(tmp_path / "archive", blocks)
+    write_neighbours(archive, graph[:40][:, :40])
+    report = convert(archive, tmp_path / "store", neighbours="knn", **ALLOWED)
+    found = CellStore.open(tmp_path / "store").neighbours("knn").rows(slice(None))
+    assert found[40:].nnz == 0
+    assert (found[:40, :40] != graph[:40, :40]).nnz == 0
+    said = [[note for note in source.notes if "behind the archive's graph" in note] for source in report.sources]
+    assert said == [[], *([f"{n} cells lie behind the archive's graph: no neighbours"] for n in [10] + [25] * 10)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("no neighbours of more rows than there are", "does not agree with itself"),
+        ("a weight too few", "does not agree with itself"),
+        ("an edge too few", "does not agree with itself"),
+        ("a byte too few", "neighbor_values.npy: cannot be read"),
+        ("no weights", "neighbor_values.npy: cannot be read"),
+        ("pointers that descend", "indptr does not fit the values"),
+        ("an edge between blocks of genes", "an edge leads outside rows 0 to 25"),
+        ("an edge to no row", "an edge leads outside rows 275 to 300"),
+        ("NaN", "cell 0: a NaN or infinite weight"),
+    ],
+)
+def test_neighbours_that_do_not_fit_are_refused(damage, reason, blocks, graph, tmp_path):
+    archive = write_archive(tmp_path / "archive", blocks)
+    if damage == "no neighbours of more rows than there are":
+        graph = sp.block_diag([graph, sp.csr_matrix((5, 5))], format="csr")
+    elif damage == "pointers that descend":
+        graph.indptr[7] = graph.indptr[5] - 1
+    elif damage == "an edge between blocks of genes":
+        graph.indices[0] = 30
+    elif damage == "an edge to no row":
+        graph.indices[-1] = 300
+    elif damage == "NaN":
+        graph.data[0] = np.nan
+    write_neighbours(archive, graph)
+    values, indices = archive / "neighbor_values.npy", archive / "neighbor_indices.npy"
+    if damage == "no weights":
+        values.unlink()
+    elif damage.endswith("too few"):
+        path, bytes_off = {"weight": (values, 4), "edge": (indices, 4), "byte": (values, 1)}[damage.split()[1]]
+        path.write_bytes(path.read_bytes()[:-bytes_off])
+    with pytest.raises(DataError, match=rf"archive.*{reason}"):
+        convert(archive, tmp_path / "store", neighbours="knn", **ALLOWED)
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_exported_graph_comes_back(described_with_graph, tmp_path):
+    store, graph = described_with_graph
+    export_scdl(store, tmp_path / "archive", "distances")
+    assert np.fromfile(tmp_path / "archive/neighbor_indptr.npy", np.uint64).tolist() == graph.indptr.tolist()
+    convert(tmp_path / "archive", tmp_path / "back", neighbours="distances", **ALLOWED)
+    assert (CellStore.open(tmp_path / "back").neighbours("distances").rows(slice(None)) != graph).nnz == 0
+    with pytest.raises(DataError, match="no graph 'knn'; there are distances"):
+        export_scdl(store, tmp_path / "other", "knn")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def described_with_graph(counts, made, save, tmp_path) -> tuple[CellStore, sp.csr_matrix]:
+    """A store whose last cells came without a graph, and the graph of all."""
+    data = made.anndata(counts)
+    data.obsp["distances"] = kneighbors_graph(counts, 4, mode="distance").astype(np.float32)
+    convert(save(data), tmp_path / "store", neighbours="distances", **ALLOWED)
+    later = made.anndata(made.counts(20, 300, seed=3), name="later")
+    convert(save(later, "b.h5ad"), tmp_path / "store", append=True, **ALLOWED)
+    whole = sp.block_diag([data.obsp["distances"], sp.csr_matrix((20, 20), dtype=np.float32)], format="csr")
+    return CellStore.open(tmp_path / "store"), whole
+
+
 ORACLE = """
 import sys, json, numpy as np
 from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
@@ -221,10 +321,43 @@ print(json.dumps([[v.tolist(), c.tolist(), list(f[0][:3])] for (v, c), f, _ in r
 """
 
 
-def test_bionemo_scdl_agrees_both_ways(described, counts, made, tmp_path):
+@pytest.fixture
+def python() -> str:
+    """An interpreter that has bionemo-scdl."""
     python = os.environ.get("MEGACELL_SCDL_PYTHON")
     if not python:  # its archives, as established with it, are what the tests above are made after
         pytest.skip("no bionemo-scdl at hand: set MEGACELL_SCDL_PYTHON to an interpreter that has it")
+    return python
+
+
+NEIGHBOURS_ORACLE = """
+import sys, json
+from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
+own = {} if len(sys.argv) == 2 else {"h5ad_path": sys.argv[2], "neighbor_key": "distances", "use_X_not_raw": True}
+data = SingleCellMemMapDataset(sys.argv[1], load_neighbors=True, **own)
+if own: data.save()
+print(json.dumps([[data.get_neighbor_indices_for_cell(i).tolist(), data.get_neighbor_weights_for_cell(i).tolist()]
+                  for i in range(len(data))]))
+"""
+
+
+def test_bionemo_scdl_agrees_on_neighbours_both_ways(python, described_with_graph, save, tmp_path):
+    store, graph = described_with_graph
+    export_scdl(store, tmp_path / "ours", "distances")
+    theirs = store.to_anndata()
+    theirs.obsp["distances"] = graph
+    theirs.var = pd.DataFrame({"gene_id": theirs.var_names}, index=theirs.var_names)
+    command = [python, "-W", "ignore", "-c", NEIGHBOURS_ORACLE]
+    for arguments in ([tmp_path / "ours"], [tmp_path / "theirs", save(theirs, "their.h5ad")]):
+        said = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True).stdout
+        for cell, (ids, weights) in enumerate(json.loads(said)):
+            row = slice(graph.indptr[cell], graph.indptr[cell + 1])
+            assert (ids, weights) == (graph.indices[row].tolist(), graph.data[row].tolist())
+    convert(tmp_path / "theirs", tmp_path / "back", neighbours="distances", **ALLOWED)
+    assert (CellStore.open(tmp_path / "back").neighbours("distances").rows(slice(None)) != graph).nnz == 0
+
+
+def test_bionemo_scdl_agrees_both_ways(python, described, counts, made, tmp_path):
     export_scdl(described, tmp_path / "ours")
     command = [python, "-W", "ignore", "-c", ORACLE]
     said = subprocess.run([*command, tmp_path / "ours"], capture_output=True, text=True, check=True).stdout

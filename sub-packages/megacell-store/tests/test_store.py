@@ -13,6 +13,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import xxhash
+from sklearn.neighbors import kneighbors_graph
 
 from megacell.store import CellStore, convert
 from megacell.store.errors import DataError, UsageError
@@ -243,9 +244,12 @@ def test_files_of_equal_names_are_told_apart_by_their_folders(made, tmp_path):
 
 
 def test_large_files_are_split_and_workers_make_the_same_store(made, save, tmp_path):
-    files = [save(made.counts(60, 300, seed=i), f"f{i}.h5ad") for i in range(3)]
-    convert(files, tmp_path / "one", shard_bytes=20_000, **ALLOWED)
-    convert(files, tmp_path / "two", shard_bytes=20_000, workers=2, **ALLOWED)
+    cells = [made.anndata(made.counts(60, 300, seed=i)) for i in range(3)]
+    for data in cells:
+        data.obsp["distances"] = kneighbors_graph(data.X, 5, mode="distance")
+    files = [save(data, f"f{i}.h5ad") for i, data in enumerate(cells)]
+    convert(files, tmp_path / "one", shard_bytes=20_000, neighbours="distances", **ALLOWED)
+    convert(files, tmp_path / "two", shard_bytes=20_000, neighbours="distances", workers=2, **ALLOWED)
     one, two = CellStore.open(tmp_path / "one"), CellStore.open(tmp_path / "two")
     assert len(one.manifest.shards) > 3
     assert one.digest == two.digest

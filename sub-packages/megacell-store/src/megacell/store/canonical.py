@@ -9,12 +9,21 @@ from megacell.store.compiled import compiled
 
 # What a value can be besides a positive whole number; rows() of a source report these as bits.
 NOT_FINITE, NEGATIVE, FRACTIONAL, TOO_LARGE, BAD_COLUMN = 1, 2, 4, 8, 16
+ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 by the golden ratio
 LARGEST = np.float64(2**32 - 1)  # the largest count that a shard can hold
 
 # Position of the lowest set bit, by de Bruijn multiplication: numba offers no stable name for the instruction.
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _BIT = np.zeros(64, np.uint8)
 _BIT[[((1 << i) * int(_DE_BRUIJN) & (2**64 - 1)) >> 58 for i in range(64)]] = np.arange(64)
+
+
+@compiled
+def mix(x: Any) -> Any:
+    """Scatter the bits of a uint64 (docs/format.md, "Cell hash")."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @compiled
@@ -130,10 +139,7 @@ def cell_hashes(indptr: Any, genes: Any, values: Any, gene_hashes: Any) -> Any:
             bits[0] = values[k]
             if bits[0] != np.floor(bits[0]):
                 bits[0] = np.float32(values[k])
-            x = gene_hashes[genes[k]] ^ (bits.view(np.uint64)[0] * np.uint64(0x9E3779B97F4A7C15))
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            total += x ^ (x >> np.uint64(31))
+            total += mix(gene_hashes[genes[k]] ^ (bits.view(np.uint64)[0] * ODD))
         hashes[row] = total
     return hashes
 

@@ -19,6 +19,7 @@ from megacell.store.filters import matching
 from megacell.store.gather import FIELDS, copy_rows, locate
 from megacell.store.genes import GeneTable
 from megacell.store.manifest import Manifest, Source
+from megacell.store.neighbours import Neighbours
 from megacell.store.obs import INDEX, SOURCE, from_table
 from megacell.store.panels import read_panel
 from megacell.store.prefetch import will_need
@@ -55,6 +56,7 @@ class CellStore:
         self._shards: list[Shard | None] = [None] * len(cells)
         self._unmapped = len(cells)
         self._mapping = threading.Lock()
+        self._graphs: dict[str, Neighbours] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], generation: int | None = None) -> "CellStore":
@@ -127,7 +129,7 @@ class CellStore:
         DataError
             A cell that does not exist, or a damaged shard.
         """
-        indptr, genes, counts = self._gather(self._numbers(indices), np.dtype(np.int32), empty)
+        indptr, genes, counts = self._gather(self.numbers_of(indices), np.dtype(np.int32), empty)
         if indptr[-1] < 1 << 31:
             indptr = indptr.astype(np.int32)
         matrix = sp.csr_matrix((counts, genes, indptr), (len(indptr) - 1, self.shape[1]), copy=False)
@@ -154,7 +156,7 @@ class CellStore:
         counts : float32 [nnz]
         """
         narrow = np.dtype(np.uint16 if self.shape[1] <= 1 << 16 else np.uint32)
-        return self._gather(self._numbers(indices), narrow, empty)
+        return self._gather(self.numbers_of(indices), narrow, empty)
 
     def _gather(
         self, cells: Array, gene_type: np.dtype[Any], empty: Callable[[int, np.dtype[Any]], Array] = np.empty
@@ -171,8 +173,8 @@ class CellStore:
             raise DataError(f"{self.path / FOLDER / name}: damaged; run `megacell verify {self.path}`")
         return indptr, genes, counts
 
-    def _numbers(self, indices: Any) -> Array:
-        """Return cell numbers as checked int64."""
+    def numbers_of(self, indices: Any) -> Array:
+        """Return cells, given as for `rows`, by number: checked int64."""
         if isinstance(indices, slice):
             return np.arange(*indices.indices(len(self)), dtype=np.int64)
         cells = np.asarray(indices)
@@ -231,7 +233,7 @@ class CellStore:
 
     def prefetch(self, indices: Any) -> int:
         """Ask the system to read these cells from disk meanwhile; returns at once, with the bytes asked for."""
-        cells = self._numbers(indices)
+        cells = self.numbers_of(indices)
         if self._unmapped:
             self._map(cells)
         number = np.searchsorted(self._first, cells, side="right") - 1
@@ -327,10 +329,20 @@ class CellStore:
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{path}: cannot be read ({error}); run `megacell verify {self.path}`") from None
 
+    def neighbours(self, name: str) -> Neighbours:
+        """Return a graph between the cells, by the name that it was converted under, such as "connectivities".
+
+        Raises
+        ------
+        DataError
+            The store has no such graph.
+        """
+        return self._graphs.setdefault(name, Neighbours(self, name))
+
     def to_anndata(self, indices: Any = None) -> "AnnData":
         """Return cells as AnnData: counts in X (float32 CSR), metadata in obs, ids and symbols in var."""
         from anndata import AnnData
 
-        cells = self._numbers(slice(None) if indices is None else indices)
+        cells = self.numbers_of(slice(None) if indices is None else indices)
         var = pd.DataFrame({"symbol": self.symbols}, index=pd.Index(self.gene_ids, dtype=object))
         return AnnData(self.rows(cells), obs=self.obs.iloc[cells].copy(), var=var)

@@ -54,15 +54,22 @@ def run_info(args: argparse.Namespace) -> int:
         "shards": len(manifest.shards),
         "bytes": size,
     }
+    graphs = [
+        (name, manifest.neighbours[key].cells, manifest.neighbours[key].edges) for name, key in manifest.graphs.items()
+    ]
     copies = [str(pair) for pair in duplicates_of(Path(args.store), manifest)] if args.duplicates else []
     if args.json:
         facts |= {"duplicates": copies} if args.duplicates else {}
         sources = [asdict(source) for source in manifest.sources]
-        print(json.dumps({**facts, "sources": sources, "obs": [asdict(c) for c in manifest.obs]}, indent=1))
+        facts |= {"sources": sources, "obs": [asdict(c) for c in manifest.obs]}
+        facts["neighbours"] = [{"name": name, "cells": cells, "edges": edges} for name, cells, edges in graphs]
+        print(json.dumps(facts, indent=1))
         return 0
     for name, value in facts.items():
         print(f"{name:<11}{value:,}" if isinstance(value, int) else f"{name:<11}{value}")
-    print(f"{'obs':<11}{', '.join(f'{c.name} ({c.kind})' for c in manifest.obs)}\n")
+    print(f"{'obs':<11}{', '.join(f'{c.name} ({c.kind})' for c in manifest.obs)}")
+    listed = [f"{name} ({edges:,} edges of {cells:,} cells)" for name, cells, edges in graphs]
+    print(f"{'neighbours':<11}{', '.join(listed) or 'none'}\n")
     lines = [
         (s.name, f"{s.cells:,}", f"{s.genes:,}", s.matrix, s.kind, s.ids, "; ".join(s.notes)) for s in manifest.sources
     ]
@@ -86,14 +93,11 @@ def run_overlap(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Check a store and name every damage."""
-    from megacell.store.manifest import Manifest
     from megacell.store.progress import Progress
     from megacell.store.verify import verify
 
     with Progress(show=True) as bar:
-        total = sum(record.bytes for _, record in Manifest.open(Path(args.store)).all_files())
-        bar.start("reading bytes", total)
-        found = verify(args.store, bar.advance)
+        found = verify(args.store, lambda total: bar.start("reading bytes", total), bar.advance)
     if not found.damages:
         print(f"{args.store}: {found.files:,} files, {found.bytes:,} bytes, all as they were written")
         return 0

@@ -14,7 +14,8 @@ from pathlib import Path
 from megacell.store.duplicates import Duplicates, duplicates_of
 from megacell.store.errors import DataError, UsageError
 from megacell.store.executors import MEMORY, executor, fitting_workers
-from megacell.store.inspection import Inspection, inspect, refuse, refuse_repeated
+from megacell.store.graphs import check_names
+from megacell.store.inspection import Inspection, inspect, refuse, refuse_absent_graphs, refuse_repeated
 from megacell.store.lock import writing
 from megacell.store.manifest import Manifest, Source
 from megacell.store.options import Options, Sample, read_sheet
@@ -22,12 +23,12 @@ from megacell.store.parts import PART_LOCK, part_plan, refuse_running_parts, req
 from megacell.store.plan import PLAN, Plan, load_plan, make_plan
 from megacell.store.progress import Progress, watching
 from megacell.store.publish import publish
+from megacell.store.shard import SHARD_BYTES
 from megacell.store.sources.open import find_sources
 from megacell.store.sources.scdl import count_blocks, is_scdl
-from megacell.store.target import check_target, open_target, sweep
+from megacell.store.target import check_target, open_target, sweep, sweeping
 from megacell.store.tasks import Amendment, Outcome, amend, amendments, attempt, outcome_of
 
-SHARD_BYTES = 2 << 30
 _SMALL = 50_000_000  # values that one process writes in less time than others take to start
 
 
@@ -81,6 +82,7 @@ def convert(
     allow_length_normalised: bool = False,
     allow_low_counts: bool = False,
     all_cells: bool = False,
+    neighbours: str | Iterable[str] = (),
     skip_bad: bool = False,
     workers: int | None = 1,
     memory: int = MEMORY,
@@ -125,6 +127,8 @@ def convert(
         Take files with a median under 200 counts a cell.
     all_cells : bool
         Keep cells with ``is_primary_data`` or ``filter_pass`` False.
+    neighbours : str or several
+        Graphs between cells to keep: keys of obsp; of an archive of bionemo-scdl, what its one graph shall be called.
     skip_bad : bool
         Make the store of the good files where some are refused; the report says which were left out.
     workers : int, optional
@@ -173,6 +177,7 @@ def convert(
         where=where,
         min_counts=min_counts,
         min_genes=min_genes,
+        neighbours=check_names(neighbours),
     )
     samples = _samples(sources, sheet, options)
     job = _Job(store, again, samples, skip_bad, workers, memory, scheduler, shard_bytes, log or (lambda _line: None))
@@ -227,24 +232,17 @@ class _Job:
         workers = fitting_workers(self.workers, self.memory)
         with executor(workers if len(self.samples) >= 4 * workers else 1, self.scheduler) as run:
             found = list(bar.steps("looking at files", run.map(inspect, self.samples), len(self.samples)))
+        refuse_absent_graphs([each for each in found if each.refused is None])
         return ConversionReport(self.store, 0, sum(i.cells for i in found if not i.refused), 0, found)
 
     def whole(self, bar: Progress) -> ConversionReport:
         """Plan, or go on with the plan of a conversion that was killed; make all shards; commit."""
         with open_target(self.store, append=self.append) as before:
             refuse_running_parts(self.store)
-            try:
+            with sweeping(self.store):
                 plan, found = self._plan(before, bar)
                 self._work(plan, bar)
                 manifest = publish(self.store, before, plan)
-            except OSError as error:
-                sweep(self.store)
-                where = error.filename or self.store
-                mend = "see to room and rights, then run it again"
-                raise DataError(f"{where}: {error.strerror or error}; {mend}") from error
-            except Exception:
-                sweep(self.store)
-                raise
             self.say(
                 f"wrote {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}, {manifest.values:,} values in all"
             )
@@ -306,6 +304,7 @@ class _Job:
         good = [each for each in found if each.refused is None]
         if not self.skip_bad or not good:
             refuse(found)
+        refuse_absent_graphs(good)
         cells = sum(each.cells for each in good)
         self.say(f"looked at {len(found)} file{'s' * (len(found) != 1)}: {cells:,} cells")
         if not cells:

@@ -20,6 +20,7 @@ examples:
   megacell convert hvg.h5ad --out cells.store --counts recover --allow-subset
   megacell convert --sheet samples.csv --out cells.store --skip-bad
   megacell convert velocyto.h5ad --out cells.store --counts layers:spliced+unspliced
+  megacell convert clustered/ --out cells.store --neighbours connectivities --neighbours distances
   megacell convert atlas/ --out cells.store --part $SLURM_ARRAY_TASK_ID/16      then the same with --finish
 """
 _SOURCES = "file (.h5ad .h5mu .loom, 10x .h5) or folder (Zarr, 10x .mtx, or of such files)"
@@ -61,6 +62,13 @@ def _register_reading(group: Any) -> None:
         "--allow-low-counts", action="store_true", help="take files with a median under 200 counts a cell"
     )
     group.add_argument("--all-cells", action="store_true", help="keep cells with is_primary_data or filter_pass False")
+    group.add_argument(
+        "--neighbours",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="keep this graph of obsp, such as connectivities; may be given again",
+    )
 
 
 def _register_work(group: Any) -> None:
@@ -98,6 +106,7 @@ def run_convert(args: argparse.Namespace) -> int:
         allow_length_normalised=args.allow_length_normalised,
         allow_low_counts=args.allow_low_counts,
         all_cells=args.all_cells,
+        neighbours=args.neighbours,
         skip_bad=args.skip_bad,
         workers=args.workers,
         memory=parse_bytes(args.memory),

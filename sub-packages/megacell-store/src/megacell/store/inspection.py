@@ -19,6 +19,7 @@ from megacell.store.durable import hash_source, write_whole
 from megacell.store.errors import DataError, MegacellError, UsageError
 from megacell.store.filters import kept_cells
 from megacell.store.genes import FEWEST
+from megacell.store.graphs import weights_type
 from megacell.store.manifest import Manifest, ObsColumn
 from megacell.store.obs import describe, tidy
 from megacell.store.options import Sample, State
@@ -35,7 +36,8 @@ _FEWEST_CELLS = 20  # whose median says something
 class Inspection:
     """One source as it was found: either `refused`, or what the conversion needs to know of it.
 
-    `features` names the list of its genes among those put aside, "" where nothing was.
+    `features` names the list of its genes among those put aside, "" where nothing was; `graphs` gives the type of the
+    weights of each graph between cells that it has, "" for those not asked for.
     """
 
     sample: Sample
@@ -54,6 +56,7 @@ class Inspection:
     genes: int = 0
     features: str = ""
     obs: list[ObsColumn] = field(default_factory=list)
+    graphs: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -117,7 +120,10 @@ def _look(found: Inspection, source: CellSource) -> None:
     own = [ObsColumn(name, "category", (text,)) for name, text in found.sample.obs.items()]
     named = {column.name for column in own}
     found.obs = [column for column in describe(tidy(obs)) if column.name not in named] + own
-    found.notes = [*source.notes, *skipped]
+    wanted = source.graphs(options.neighbours)
+    found.graphs = dict.fromkeys(source.graph_names(), "") | {name: weights_type(g) for name, g in wanted.items()}
+    missing = [name for name in options.neighbours if name not in wanted]
+    found.notes = [*source.notes, *skipped, *(f"has no graph {n}: its cells have no neighbours there" for n in missing)]
     found.species, note = settle_species(
         source.gene_ids, source.symbols, source.stated_species, options.species, str(path)
     )
@@ -187,6 +193,15 @@ def refuse_repeated(inspections: Sequence[Inspection], before: Manifest | None) 
             if found.hash in known:
                 found.refused = DataError(f"{found.path}: the same bytes as {known[found.hash]}; leave it out")
             known.setdefault(found.hash, str(found.path))
+
+
+def refuse_absent_graphs(good: Sequence[Inspection]) -> None:
+    """Raise for a graph that is asked for and that no source has."""
+    there = sorted({name for found in good for name in found.graphs})
+    for name in good[0].sample.options.neighbours if good else ():
+        if not any(found.graphs.get(name) for found in good):
+            listed = f"there are {', '.join(there)}" if there else "there are none"
+            raise UsageError(f"--neighbours {name}: no file has that graph in obsp; {listed}")
 
 
 def check_unchanged(found: Inspection) -> None:

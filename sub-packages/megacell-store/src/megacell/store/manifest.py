@@ -7,8 +7,10 @@ that it opened after others were appended. docs/format.md describes each field.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -21,6 +23,7 @@ FORMAT = "megacell-store"
 VERSION = 1
 NAME = "manifest.json"
 _UNSIGNED = "0" * 16
+_GENERATION = re.compile(r"-\d+$")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class ShardRecord:
     cells: int
     values: int
     files: dict[str, FileRecord]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """Read a shard's member of a manifest; KeyError, TypeError or ValueError for what is none."""
+        name, files = _safe(_text(content, "name")), files_from_json(content["files"])
+        return cls(name, _count(content, "cells"), _count(content, "values"), files)
 
 
 @dataclass(frozen=True)
@@ -107,11 +116,17 @@ class ObsColumn:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class GraphRecord:
     """One graph between cells: the folder ``neighbours/<name>``, over cells 0 … `cells` - 1."""
 
     cells: int
     files: dict[str, FileRecord]
+
+    @property
+    def edges(self) -> int:
+        """How many edges there are; one from a to b and one from b to a are two."""
+        record = self.files.get("indices.npy")
+        return record.shape[0] if record is not None and record.shape else 0
 
 
 @dataclass(frozen=True)
@@ -130,12 +145,32 @@ class Manifest:
     sources: tuple[Source, ...]
     obs: tuple[ObsColumn, ...]
     earlier: tuple[str, ...] = ()  # manifests of the generations that can still be opened, oldest first
-    neighbours: dict[str, Neighbours] = field(default_factory=dict)
+    neighbours: dict[str, GraphRecord] = field(default_factory=dict)
     digest: str = ""  # XXH3-64 of the file's bytes; not in the file
 
+    @property
+    def graphs(self) -> dict[str, str]:
+        """Name in ``neighbours`` by the graph's own name, which lacks the hyphen and generation of who wrote it."""
+        return {_GENERATION.sub("", name): name for name in self.neighbours}
+
+    def new_shards(self) -> Iterator[str]:
+        """Yield names for shards to come, none of which any generation had: they ascend with the generations."""
+        numbers = [int(shard.name) for shard in self.shards if shard.name.isdecimal()]
+        return new_shards(max(numbers, default=-1) + 1)
+
+    @property
+    def folders(self) -> set[str]:
+        """The folders of its shards and graphs."""
+        return {f"shards/{shard.name}" for shard in self.shards} | {f"neighbours/{name}" for name in self.neighbours}
+
     def all_files(self) -> Iterator[tuple[str, FileRecord]]:
-        """Yield every file of the generation: its path in the store and its record."""
+        """Yield every file that the manifest names: its path in the store and its record."""
         yield from self.files.items()
+        yield from self.own_files()
+
+    def own_files(self) -> Iterator[tuple[str, FileRecord]]:
+        """Yield the files by which this generation is read; `files` names those of earlier generations beside."""
+        yield from ((name, self.files[name]) for name in (self.genes_file, self.panels_file))
         for shard in self.shards:
             yield from ((f"shards/{shard.name}/{name}", record) for name, record in shard.files.items())
         for name, graph in self.neighbours.items():
@@ -185,16 +220,17 @@ class Manifest:
         DataError
             No store there, no such generation, or a manifest that cannot be read.
         """
-        manifest = cls._read(store, NAME)
+        manifest = cls.read(store, NAME)
         if generation is None or generation == manifest.generation:
             return manifest
         name = generation_name(generation)
         if name not in manifest.earlier:
             raise DataError(f"{store}: holds no generation {generation}; its newest is {manifest.generation}")
-        return cls._read(store, name)
+        return cls.read(store, name)
 
     @classmethod
-    def _read(cls, store: Path, name: str) -> "Manifest":
+    def read(cls, store: Path, name: str) -> "Manifest":
+        """Read one of a store's manifests by its file's name; errors as `open`'s."""
         where = store / name
         try:
             text = where.read_bytes()
@@ -209,6 +245,11 @@ class Manifest:
         text = self.dumps()
         write_whole(store / generation_name(self.generation), text)
         write_whole(store / NAME, text)
+
+
+def new_shards(first: int = 0) -> Iterator[str]:
+    """Yield shards' names by number."""
+    return (f"{number:05d}" for number in count(first))
 
 
 def generation_name(generation: int) -> str:
@@ -234,18 +275,15 @@ def _parse(content: dict[str, Any]) -> Manifest:
         cells=_count(content, "cells"),
         genes=_count(content, "genes"),
         values=_count(content, "values"),
-        files=_files(content["files"]),
+        files=files_from_json(content["files"]),
         genes_file=_safe(_text(content, "genes_file")),
         panels_file=_safe(_text(content, "panels_file")),
-        shards=tuple(
-            ShardRecord(_safe(_text(s, "name")), _count(s, "cells"), _count(s, "values"), _files(s["files"]))
-            for s in content["shards"]
-        ),
+        shards=tuple(ShardRecord.from_json(shard) for shard in content["shards"]),
         sources=tuple(_source(s) for s in content["sources"]),
         obs=tuple(_obs_column(c) for c in content["obs"]),
         earlier=tuple(_safe(str(name)) for name in content["earlier"]),
         neighbours={
-            _safe(name): Neighbours(_count(graph, "cells"), _files(graph["files"]))
+            _safe(name): GraphRecord(_count(graph, "cells"), files_from_json(graph["files"]))
             for name, graph in content["neighbours"].items()
         },
     )
@@ -271,7 +309,8 @@ def _obs_column(content: dict[str, Any]) -> ObsColumn:
     )
 
 
-def _files(content: dict[str, Any]) -> dict[str, FileRecord]:
+def files_from_json(content: dict[str, Any]) -> dict[str, FileRecord]:
+    """Read a member of file records."""
     return {_safe(name): _file(record) for name, record in content.items()}
 
 

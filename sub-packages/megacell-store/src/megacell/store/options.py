@@ -30,6 +30,7 @@ class Options:
     where: str | None = None
     min_counts: float = 0
     min_genes: int = 0
+    neighbours: tuple[str, ...] = ()
     block: int = 0  # of an archive of bionemo-scdl; set by `convert`
 
     def open(self, path: Path, settled: Settled | None = None, scratch: Path | None = None) -> CellSource:
@@ -69,7 +70,8 @@ class Sample:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Sample":
         """Read what `to_json` gave."""
-        return cls(Path(content["path"]), Options(**content["options"]), content["obs"])
+        options = {**content["options"], "neighbours": tuple(content["options"]["neighbours"])}
+        return cls(Path(content["path"]), Options(**options), content["obs"])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import pandas as pd
 from megacell.store.counts import FRACTIONAL, UMI
 from megacell.store.durable import TEMPORARY, write_whole
 from megacell.store.genes import GeneTable, symbol_map
+from megacell.store.graphs import widest_weights
 from megacell.store.inspection import Inspection, read_features
-from megacell.store.manifest import Manifest, ObsColumn, Source
+from megacell.store.manifest import Manifest, ObsColumn, Source, new_shards
 from megacell.store.obs import unite
 from megacell.store.panels import PanelWriter
 from megacell.store.shard import FOLDER
@@ -59,6 +60,8 @@ class Plan:
         By source of this conversion; cells are as far as known without the counts.
     obs : list of ObsColumn
         Of the whole store.
+    graphs : dict
+        Type of the weights by name of each graph that is asked for.
     names, shards
         By shard of this conversion.
     """
@@ -71,6 +74,7 @@ class Plan:
     inspections: list[Inspection]
     sources: list[Source]
     obs: list[ObsColumn]
+    graphs: dict[str, str]
     names: list[str]
     shards: list[list[Part]]
 
@@ -138,8 +142,7 @@ def make_plan(
     genes.write(folder / GENES)
     np.save(folder / HASHES, genes.hashes())
     shards = _pack([_parts(first + i, found, shard_bytes) for i, found in enumerate(good)], good, first, shard_bytes)
-    taken = {shard.name for shard in before.shards} if before else set()
-    free = (name for number in range(len(taken) + len(shards)) if (name := f"{number:05d}") not in taken)
+    options = good[0].sample.options
     plan = Plan(
         store=store.absolute(),
         request=request,
@@ -149,7 +152,8 @@ def make_plan(
         inspections=good,
         sources=sources,
         obs=unite([obs]),
-        names=[name for name, _ in zip(free, shards, strict=False)],
+        graphs={name: widest_weights(found.graphs.get(name, "") for found in good) for name in options.neighbours},
+        names=list(islice(before.new_shards() if before else new_shards(), len(shards))),
         shards=shards,
     )
     plan.save()

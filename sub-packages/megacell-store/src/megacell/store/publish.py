@@ -7,8 +7,9 @@ from pathlib import Path
 from megacell.store.counts import FRACTIONAL
 from megacell.store.durable import write_whole
 from megacell.store.errors import DataError
+from megacell.store.graph_joining import join_graphs
 from megacell.store.inspection import check_unchanged
-from megacell.store.manifest import FileRecord, Manifest, ShardRecord, Source, generation_name
+from megacell.store.manifest import FileRecord, GraphRecord, Manifest, ShardRecord, Source, generation_name
 from megacell.store.plan import GENES, PANELS, Plan
 from megacell.store.tasks import Outcome, amendments, outcome_of
 
@@ -37,7 +38,10 @@ def publish(store: Path, before: Manifest | None, plan: Plan) -> Manifest:
     for name, planned in ((genes_file, GENES), (panels_file, PANELS)):
         write_whole(store / name, (plan.folder / planned).read_bytes())
     files = {name: FileRecord.of(store / name) for name in (genes_file, panels_file)}
-    manifest = _manifest(store, before, plan, generation, files, shards, _sources(plan, [each for each, _ in made]))
+    outcomes_made = [outcome for outcome, record in made if record.cells]
+    graphs, notes = join_graphs(store, before, plan, outcomes_made)
+    sources = _sources(plan, outcomes_made, notes)
+    manifest = _manifest(store, before, plan, generation, files, shards, sources, graphs)
     manifest.commit(store)
     return manifest
 
@@ -50,6 +54,7 @@ def _manifest(
     files: dict[str, FileRecord],
     shards: list[ShardRecord],
     sources: list[Source],
+    graphs: dict[str, GraphRecord],
 ) -> Manifest:
     genes_file, panels_file = files
     earlier: tuple[str, ...] = ()
@@ -71,12 +76,12 @@ def _manifest(
         sources=(*(before.sources if before else ()), *sources),
         obs=tuple(plan.obs),
         earlier=earlier,
-        neighbours=before.neighbours if before else {},
+        neighbours=graphs,
     )
 
 
-def _sources(plan: Plan, made: list[Outcome]) -> list[Source]:
-    """Return the sources' records with what only the counts told."""
+def _sources(plan: Plan, made: list[Outcome], found: dict[int, list[str]]) -> list[Source]:
+    """Return the sources' records with what only the counts, or the graphs (`found`), told."""
     cells: dict[int, int] = {}
     for outcome in made:
         for number, n in outcome.cells.items():
@@ -85,7 +90,7 @@ def _sources(plan: Plan, made: list[Outcome]) -> list[Source]:
     sources = []
     for number, source in enumerate(plan.sources, plan.first):
         kept = cells.get(number, 0)
-        notes = list(source.notes)
+        notes = [*source.notes, *found.get(number, [])]
         amendment = amended.get(number)
         kind = source.kind
         if amendment is not None and amendment.left_out:

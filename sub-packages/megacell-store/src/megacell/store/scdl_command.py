@@ -16,10 +16,12 @@ def register_scdl(commands: Any) -> None:
     importing.add_argument("--species", help="the species of the store (human)")
     importing.add_argument("--allow-subset", action="store_true", help="take an archive with under 10,000 genes")
     importing.add_argument("--allow-low-counts", action="store_true", help="take a median under 200 counts a cell")
+    importing.add_argument("--neighbours", metavar="NAME", help="keep the archive's graph, and call it so")
     importing.set_defaults(run=run_import)
     exporting = actions.add_parser("export", help="write a store as an archive")
     exporting.add_argument("store", metavar="STORE")
     exporting.add_argument("--out", required=True, metavar="ARCHIVE")
+    exporting.add_argument("--neighbours", metavar="NAME", help="write this graph of the store too")
     exporting.set_defaults(run=run_export)
 
 
@@ -35,6 +37,7 @@ def run_import(args: argparse.Namespace) -> int:
         species=args.species,
         allow_subset=args.allow_subset,
         allow_low_counts=args.allow_low_counts,
+        neighbours=args.neighbours or (),
         workers=None,
         progress=True,
         log=print,
@@ -48,6 +51,6 @@ def run_export(args: argparse.Namespace) -> int:
     from megacell.store.scdl_export import export_scdl
 
     store = CellStore.open(args.store)
-    export_scdl(store, args.out)
+    export_scdl(store, args.out, args.neighbours)
     print(f"wrote {args.out}: {store.shape[0]:,} cells, {store.shape[1]:,} genes")
     return 0

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,22 +16,36 @@ import pyarrow.parquet as pq
 from megacell.store.cells import CellStore
 from megacell.store.durable import TEMPORARY, move_into_place
 from megacell.store.errors import UsageError
-from megacell.store.sources.scdl import TYPES
+from megacell.store.neighbours import Neighbours
+from megacell.store.sources.scdl import NEIGHBOURS, TYPES
 
 VERSION = "0.1.3"
 _BLOCK = 4096  # cells written at a time
 _NUMBER = {name: number for number, name in TYPES.items()}
 
 
-def export_scdl(store: CellStore, out: str | os.PathLike[str]) -> None:
+def export_scdl(store: CellStore, out: str | os.PathLike[str], neighbours: str | None = None) -> None:
     """Write all cells of a store: counts as float32, one block of genes, the cells' names as `_index` beside their obs.
+
+    Parameters
+    ----------
+    store : CellStore
+    out : path-like
+        The archive to make.
+    neighbours : str, optional
+        A graph of the store; its weights become float32.
 
     Raises
     ------
+    DataError
+        The store has no such graph.
     UsageError
-        Something is at `out`, or the store holds no values.
+        Something is at `out`, or the store holds no values or more cells than an archive's graph can number.
     """
     path = Path(out)
+    graph = None if neighbours is None else store.neighbours(neighbours)
+    if graph is not None and len(store) > 1 << 32:
+        raise UsageError(f"{store.path}: {len(store):,} cells, an archive's graph numbers 2^32; leave --neighbours out")
     if path.exists():
         raise UsageError(f"{path}: exists already; give another --out")
     if not store.manifest.values:
@@ -45,6 +60,8 @@ def export_scdl(store: CellStore, out: str | os.PathLike[str]) -> None:
     finally:
         for file in files.values():
             file.close()
+    if graph is not None:
+        _write_graph(folder, graph)
     (folder / "metadata.json").write_text(json.dumps({"num_rows": len(store)}))
     (folder / "version.json").write_text(json.dumps(VERSION))
     genes = {"gene_id": store.gene_ids, "symbol": store.symbols, "biotype": store.biotypes}
@@ -70,6 +87,20 @@ def _write_rows(store: CellStore, files: Mapping[str, BinaryIO], types: dict[str
         files["COLPTR"].write(genes.astype(types["COLPTR"]).tobytes())
         files["DATA"].write(counts.astype(types["DATA"]).tobytes())
         written += int(indptr[-1])
+
+
+def _write_graph(folder: Path, graph: Neighbours) -> None:
+    """Write the edges of all cells; those that the graph does not reach have none."""
+    written = 0
+    with ExitStack() as stack:
+        indptr, cells, weights = (stack.enter_context(open(folder / name, "wb")) for name in NEIGHBOURS)
+        indptr.write(np.zeros(1, np.uint64).tobytes())
+        for first in range(0, len(graph), _BLOCK):
+            block = graph.rows(slice(first, first + _BLOCK))
+            indptr.write((block.indptr[1:].astype(np.uint64) + np.uint64(written)).tobytes())
+            cells.write(block.indices.astype(np.uint32).tobytes())
+            weights.write(block.data.astype(np.float32).tobytes())
+            written += block.nnz
 
 
 def _write_index(folder: Path, table: pa.Table, store: CellStore) -> None:

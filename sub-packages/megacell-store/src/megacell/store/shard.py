@@ -18,6 +18,7 @@ from megacell.store.manifest import FileRecord, ShardRecord
 
 FOLDER = "shards"
 OBS = "obs.parquet"
+SHARD_BYTES = 2 << 30  # at which a shard is full
 WIDEN_ABOVE = 0.01  # share of counts over 254 from which a wider type is smaller than the overflow arrays
 _HEADER = 128  # bytes of a .npy header whose length is filled in at the end
 _AT_ONCE = 1 << 20  # values a step when counts are widened
@@ -87,10 +88,15 @@ class ShardWriter:
         self._values, self._largest = 0, 0
 
     def add(
-        self, indptr: np.ndarray[Any, Any], genes: np.ndarray[Any, Any], values: np.ndarray[Any, Any], source: int
-    ) -> None:
-        """Append canonical rows (see `canonical_rows`) of one source."""
+        self,
+        indptr: np.ndarray[Any, Any],
+        genes: np.ndarray[Any, Any],
+        values: np.ndarray[Any, Any],
+        source: int | np.ndarray[Any, Any],
+    ) -> np.ndarray[Any, Any]:
+        """Append canonical rows (see `canonical_rows`) of one source, or of one each; return their hashes."""
         arrays = self._arrays
+        hashes: np.ndarray[Any, Any] = cell_hashes(indptr, genes, values, self._gene_hashes)
         arrays["indptr"].append(indptr[1:] + self._values)
         arrays["indices"].append(genes)
         if self.fractional:
@@ -101,9 +107,10 @@ class ShardWriter:
             arrays["overflow_positions"].append(positions + self._values)
             arrays["overflow_values"].append(large)
             self._largest = max(self._largest, int(large.max(initial=0)))
-        arrays["cell_hash"].append(cell_hashes(indptr, genes, values, self._gene_hashes))
+        arrays["cell_hash"].append(hashes)
         arrays["panels"].append(np.full(len(indptr) - 1, source, np.uint32))
         self._values += int(indptr[-1])
+        return hashes
 
     @property
     def cells(self) -> int:
@@ -192,7 +199,8 @@ def map_array(path: Path, record: FileRecord | None) -> np.ndarray[Any, Any]:
             raise DataError(f"{path}: {size} bytes, should be {record.bytes}; restore it or convert again")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
+        mend = "restore it, convert again, or open the store anew if `compact --prune` removed it"
+        raise DataError(f"{path}: cannot be read ({error}); {mend}") from None
     if array.dtype.name != record.dtype or array.shape != record.shape:
         raise DataError(f"{path}: {array.dtype.name} {array.shape}, not as the manifest says; run `megacell verify`")
     plain: np.ndarray[Any, Any] = array.view(np.ndarray)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megacell.store.durable import TEMPORARY, flush_directory
-from megacell.store.errors import UsageError
+from megacell.store.errors import DataError, UsageError
+from megacell.store.graphs import FOLDER as GRAPHS
 from megacell.store.lock import NAME as LOCK
 from megacell.store.lock import writing
 from megacell.store.manifest import NAME, Manifest, generation_name
@@ -52,24 +53,31 @@ def open_target(store: Path, *, append: bool) -> Iterator[Manifest | None]:
             store.rmdir()
 
 
+@contextmanager
+def sweeping(store: Path) -> Iterator[None]:
+    """Sweep where a writer fails; what the system says of the disk becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        sweep(store)
+        where = error.filename or store
+        mend = "see to room and rights, then run it again"
+        raise DataError(f"{where}: {error.strerror or error}; {mend}") from error
+    except Exception:
+        sweep(store)
+        raise
+
+
 def sweep(store: Path) -> None:
-    """Remove what a conversion that failed or was killed left: every file of ours that the manifest does not name.
+    """Remove what a writer that failed or was killed left: every file of ours that no generation's manifest names.
 
     The manifest is read here and now: a conversion may have failed after its commit, and then its files are named.
     """
     manifest = Manifest.open(store) if (store / NAME).exists() else None
     named = {NAME, LOCK}
-    shards: set[str] = set()
     if manifest:
         named |= {generation_name(manifest.generation), *manifest.files}
-        shards = {shard.name for shard in manifest.shards}
-    folder = store / FOLDER
-    if folder.is_dir():
-        for entry in folder.iterdir():
-            if entry.name not in shards:
-                shutil.rmtree(entry)
-        if manifest is None:
-            folder.rmdir()
+    _sweep_folders(store, manifest)
     for entry in store.iterdir():
         if entry.name.endswith(TEMPORARY) and entry.is_dir():  # a plan, a transposed matrix
             shutil.rmtree(entry)
@@ -77,5 +85,20 @@ def sweep(store: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
+def _sweep_folders(store: Path, manifest: Manifest | None) -> None:
+    """Remove shards and graphs that no generation names; earlier manifests are read only where that is in doubt."""
+    folders = [store / name for name in (FOLDER, GRAPHS) if (store / name).is_dir()]
+    left = {f"{folder.name}/{entry.name}" for folder in folders for entry in folder.iterdir()}
+    left -= manifest.folders if manifest else set()
+    for name in reversed(manifest.earlier if manifest else ()):
+        if left:
+            left -= Manifest.read(store, name).folders
+    for name in sorted(left):
+        shutil.rmtree(store / name)
+    for folder in folders:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def _is_ours(name: str) -> bool:
-    return name == FOLDER or name.startswith((LOCK, NAME, *_TABLES)) or name.endswith(TEMPORARY)
+    return name in (FOLDER, GRAPHS) or name.startswith((LOCK, NAME, *_TABLES)) or name.endswith(TEMPORARY)

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from megacell.store.counts import FRACTIONAL, UMI
 from megacell.store.durable import TEMPORARY, write_whole
 from megacell.store.errors import DataError, MegacellError, UsageError
 from megacell.store.filters import kept_cells
+from megacell.store.graphs import PieceWriter
 from megacell.store.inspection import Inspection, check_unchanged
-from megacell.store.manifest import FileRecord, ShardRecord
+from megacell.store.manifest import FileRecord, ShardRecord, files_from_json
 from megacell.store.obs import tidy, to_table
 from megacell.store.plan import HASHES, Part, Plan, load_plan, shard_folder
 from megacell.store.shard import ShardWriter
@@ -39,6 +40,8 @@ class Outcome:
         Kept, by number of the source.
     source, reason, fractional
         If it failed: the number of the source, why, and whether only because its counts are fractional.
+    pieces : dict
+        Files of its cells' edges, in `piece_folder`, where graphs were asked for.
     """
 
     record: ShardRecord | None
@@ -46,6 +49,7 @@ class Outcome:
     source: int = -1
     reason: str = ""
     fractional: bool = False
+    pieces: dict[str, FileRecord] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,20 +102,23 @@ def _make(plan: Plan, number: int) -> Outcome:
     found = [_amended(plan.inspections[part.source - plan.first], amended.get(part.source)) for part in parts]
     fractional = any(each.kind != UMI for each in found)
     writer = ShardWriter(plan.store, name, np.load(plan.folder / HASHES), fractional=fractional)
+    edges = PieceWriter(piece_folder(plan, name), plan.graphs)
     tables, cells = [to_table(tidy(pd.DataFrame()), plan.obs)], dict[int, int]()
     try:
         for part, inspection in zip(parts, found, strict=True):
             with _reading(part.source):
                 before = writer.cells
-                tables.append(_add(plan, part, inspection, writer))
+                tables.append(_add(plan, part, inspection, writer, edges))
                 cells[part.source] = cells.get(part.source, 0) + writer.cells - before
-        return Outcome(writer.finish(pa.concat_tables(tables).unify_dictionaries().combine_chunks()), cells)
+        record = writer.finish(pa.concat_tables(tables).unify_dictionaries().combine_chunks())
+        return Outcome(record, cells, pieces=edges.finish())
     except BaseException:
         writer.abandon()
+        edges.abandon()
         raise
 
 
-def _add(plan: Plan, part: Part, found: Inspection, writer: ShardWriter) -> pa.Table:
+def _add(plan: Plan, part: Part, found: Inspection, writer: ShardWriter, edges: PieceWriter) -> pa.Table:
     """Write one part's rows; return their metadata."""
     options = found.sample.options
     with options.open(found.path, found.settled, plan.store) as source:
@@ -128,6 +135,7 @@ def _add(plan: Plan, part: Part, found: Inspection, writer: ShardWriter) -> pa.T
                 indptr, genes, values = _filtered(indptr, genes, values, enough)
             kept[own[enough]] = True
             writer.add(indptr, genes, values, part.source)
+        edges.add(source.graphs(list(plan.graphs)), part.start, kept[part.start : part.stop])
         check_unchanged(found)
     for name, text in found.sample.obs.items():
         obs[name] = pd.Categorical.from_codes(np.zeros(len(obs), np.int64), dtype=pd.CategoricalDtype([text]))
@@ -154,6 +162,11 @@ def _amended(found: Inspection, amendment: Amendment | None) -> Inspection:
     return replace(found, kind=FRACTIONAL, settled=replace(found.settled, kind=FRACTIONAL))
 
 
+def piece_folder(plan: Plan, shard: str) -> Path:
+    """Return where the edges of a shard's cells are set aside."""
+    return plan.folder / f"edges-{shard}"
+
+
 def _outcome_file(plan: Plan, number: int) -> Path:
     return plan.folder / f"outcome-{plan.names[number]}.json"
 
@@ -165,15 +178,10 @@ def outcome_of(plan: Plan, number: int) -> Outcome | None:
         cells = {int(source): int(n) for source, n in content["cells"].items()}
         if content["record"] is None:
             return Outcome(None, cells, content["source"], content["reason"], content["fractional"])
-        own = content["record"]
-        files = {
-            name: FileRecord(f["bytes"], f["xxh3"], f["dtype"], f["shape"] and tuple(f["shape"]))
-            for name, f in own["files"].items()
-        }
-        record = ShardRecord(own["name"], own["cells"], own["values"], files)
-        place = shard_folder(plan.store, record.name)
-        whole = all((place / name).stat().st_size == file.bytes for name, file in files.items())
-        return Outcome(record, cells) if whole else None
+        record, pieces = ShardRecord.from_json(content["record"]), files_from_json(content["pieces"])
+        places = {shard_folder(plan.store, record.name): record.files, piece_folder(plan, record.name): pieces}
+        whole = all((place / n).stat().st_size == f.bytes for place, files in places.items() for n, f in files.items())
+        return Outcome(record, cells, pieces=pieces) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

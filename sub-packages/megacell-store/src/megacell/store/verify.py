@@ -23,13 +23,19 @@ class Verification:
     damages: list[str]
 
 
-def verify(path: str | os.PathLike[str], advance: Callable[[int], None] = lambda _bytes: None) -> Verification:
+def verify(
+    path: str | os.PathLike[str],
+    begin: Callable[[int], None] = lambda _bytes: None,
+    advance: Callable[[int], None] = lambda _bytes: None,
+) -> Verification:
     """Read every file of a store, of all generations that can still be opened.
 
     Parameters
     ----------
     path : path-like
         The store.
+    begin : callable
+        Receives the bytes of all files before any is read.
     advance : callable
         Receives the bytes of each file when it is done.
 
@@ -46,14 +52,15 @@ def verify(path: str | os.PathLike[str], advance: Callable[[int], None] = lambda
         damages.append(f"{kept}: missing; copy {NAME} to it")
     elif kept.read_bytes() != (store / NAME).read_bytes():
         damages.append(f"{kept}: differs from {NAME}; copy {NAME} over it")
+    files = dict(manifest.all_files())
     for name in manifest.earlier:
         try:
-            Manifest.loads((store / name).read_bytes(), store / name)
+            files |= Manifest.loads((store / name).read_bytes(), store / name).own_files()
         except FileNotFoundError:
             pass  # said below, with the other files
         except DataError as error:
             damages.append(str(error))
-    files = dict(manifest.all_files())
+    begin(sum(record.bytes for record in files.values()))
     with ThreadPoolExecutor(cores()) as pool:  # reading and hashing let go of Python's lock
         for (name, record), damage in zip(files.items(), pool.map(partial(_look, store), files.items()), strict=True):
             if damage:
@@ -63,10 +70,10 @@ def verify(path: str | os.PathLike[str], advance: Callable[[int], None] = lambda
 
 
 def _look(store: Path, file: tuple[str, FileRecord]) -> str:
-    return _damage(store / file[0], file[1])
+    return damage_of(store / file[0], file[1])
 
 
-def _damage(path: Path, record: FileRecord) -> str:
+def damage_of(path: Path, record: FileRecord) -> str:
     """Say what is wrong with a file, "" if nothing is."""
     try:
         size = path.stat().st_size

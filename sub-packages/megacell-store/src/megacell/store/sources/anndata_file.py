@@ -2,6 +2,7 @@
 """AnnData's own files: .h5ad of every version from 0.7 on, the RNA of an .h5mu, and Zarr stores (v2 and v3)."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ class AnnDataFile(Container):
         if name == "raw" and "var" in self.group["raw"]:
             own = read_frame(self.group, "raw/var", self.path)
         return open_matrix(self._node(name), f"{self.path}: {name}", len(self.obs), len(own)), own
+
+    def graph_names(self) -> list[str]:
+        return [str(name) for name in self.group["obsp"]] if "obsp" in self.group else []
+
+    def graphs(self, names: Sequence[str]) -> dict[str, Matrix]:
+        here = [name for name in names if name in self.graph_names()]
+        return {name: open_matrix(self.group["obsp"][name], f"{self.path}: obsp/{name}") for name in here}
 
     def close(self) -> None:
         if self._file is not None:

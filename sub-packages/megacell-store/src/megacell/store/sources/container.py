@@ -2,6 +2,7 @@
 """What every input format comes down to: cells' metadata, features, and matrices by name."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ class Container(ABC):
     @abstractmethod
     def matrix(self, name: str) -> tuple[Matrix, pd.DataFrame]:
         """Open one matrix, with the table of its own columns."""
+
+    def graph_names(self) -> list[str]:
+        """Return the names of the graphs between cells that the input has."""
+        return []
+
+    def graphs(self, names: Sequence[str]) -> dict[str, Matrix]:
+        """Open those of the named graphs that the input has: a row holds the weights of a cell's edges to others."""
+        return {}
 
     @abstractmethod
     def close(self) -> None:

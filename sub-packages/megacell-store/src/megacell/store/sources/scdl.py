@@ -6,6 +6,7 @@ An archive's rows come in blocks, each with genes of its own; a block is one sou
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacell.store.errors import DataError
+from megacell.store.errors import DataError, UsageError
 from megacell.store.obs import INDEX
 from megacell.store.sources.container import Container
 from megacell.store.sources.h5_matrix import Csr, Matrix
@@ -24,6 +25,7 @@ Array = np.ndarray[Any, Any]
 TYPES = dict(enumerate(("uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"), 1))
 _WITHOUT_HEADER = {"DATA": "float32", "ROWPTR": "uint64", "COLPTR": "uint32"}
 _FILES = {"DATA": "data.npy", "ROWPTR": "row_ptr.npy", "COLPTR": "col_ptr.npy"}
+NEIGHBOURS = {"neighbor_indptr.npy": "uint64", "neighbor_indices.npy": "uint32", "neighbor_values.npy": "float32"}
 _FOLDERS = {"var": ("var_features", "features"), "obs": ("obs_features",)}
 
 
@@ -63,6 +65,21 @@ class ScdlBlock(Container):
         node = {"indptr": indptr, "indices": self._arrays["COLPTR"], "data": self._arrays["DATA"]}
         return _Rows(node, place, (len(self.obs), len(self.var))), self.var
 
+    def graphs(self, names: Sequence[str]) -> dict[str, Matrix]:
+        if not names or not any((self.path / name).exists() for name in NEIGHBOURS):
+            return {}
+        if len(names) > 1:
+            mend = "the archive has one graph, whose name it does not tell"
+            raise UsageError(f"{self.path}: {mend}; give one --neighbours, which it shall be called")
+        indptr, indices, data = _neighbours(self.path, len(self._arrays["ROWPTR"]) - 1)
+        pointers = indptr[self._start : self._stop + 1]
+        if without := self._stop - self._start + 1 - len(pointers):
+            pointers = np.append(pointers, np.full(without, indptr[-1]))
+            self.notes.append(f"{min(without, len(self.obs)):,} cells lie behind the archive's graph: no neighbours")
+        node = {"indptr": pointers, "indices": indices, "data": data}
+        place = f"{self.path}: neighbours of rows {self._start} to {self._stop}"
+        return {names[0]: _Edges(node, place, self._start, len(self.obs))}
+
     def close(self) -> None:
         """Nothing is open but maps."""
 
@@ -72,6 +89,37 @@ class _Rows(Csr):
 
     def stored(self) -> int:
         return int(self.indptr[-1]) - int(self.indptr[0])
+
+
+class _Edges(_Rows):
+    """The archive's graph among the rows of one block; rows of the archive become rows of the block."""
+
+    def __init__(self, node: Any, place: str, start: int, rows: int) -> None:
+        super().__init__(node, place, (rows, rows))
+        self._start = start
+
+    def _read(self, low: int, high: int, most: int) -> tuple[Array, Array]:
+        with self.reading():
+            indices = self.indices[int(low) : int(high)].astype(np.int64) - self._start
+            if len(indices) and (indices.min() < 0 or indices.max() >= most):
+                raise ValueError(f"an edge leads outside rows {self._start} to {self._start + most}")
+        return indices.astype(np.int32), np.array(self.data[int(low) : int(high)])
+
+
+def _neighbours(archive: Path, rows: int) -> tuple[Array, Array, Array]:
+    """Map indptr, rows and weights of an archive's graph; no header tells of them, so their sizes must agree."""
+    arrays = []
+    for name, dtype in NEIGHBOURS.items():
+        path = archive / name
+        try:
+            arrays.append(np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); make the archive again") from None
+    indptr, indices, weights = arrays
+    if not 1 <= len(indptr) <= rows + 1 or indptr[0] != 0 or not indptr[-1] == len(indices) == len(weights):
+        sizes = f"{len(indptr):,} pointers for {rows:,} rows, {len(indices):,} neighbours, {len(weights):,} weights"
+        raise DataError(f"{archive}: its graph does not agree with itself ({sizes}); make the archive again")
+    return indptr, indices, weights
 
 
 def _blocks(archive: Path, which: str, notes: list[str]) -> tuple[list[Path], Array]:

@@ -2,7 +2,7 @@
 """A source of cells, of whatever format: its counts, its genes and its cells, block by block."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from megacell.store.genes import read_id_map
 from megacell.store.recover import recover_rows, tolerances
 from megacell.store.sources.choice import Choice, Settled, choose_counts, reopen_counts, sample
 from megacell.store.sources.container import Container
-from megacell.store.sources.h5_matrix import DAMAGE, ROWS, first_line
+from megacell.store.sources.h5_matrix import DAMAGE, ROWS, Matrix, first_line
 from megacell.store.sources.open import open_container
 from megacell.store.species import stated_species
 
@@ -46,8 +46,6 @@ class CellSource:
         Where the counts were found: "X", "raw", "layer:NAME", "recover:…".
     settled : Settled
         By which the file can be opened again without another look for counts.
-    notes : list of str
-        What was dropped, summed or found ambiguous.
     stated_species : set of str
         What organism columns say.
     """
@@ -57,7 +55,7 @@ class CellSource:
         self.format, self.n_cells = file.format, len(file.obs)
         features = choice.features
         self.gene_ids, self.symbols, self.biotypes = features.gene_ids, features.symbols, features.biotypes
-        self.ids, self.notes = features.ids, [*file.notes, *features.notes]
+        self.ids = features.ids
         settled = self.settled = choice.settled
         self.kind = settled.kind
         self.matrix = settled.name if settled.precision is None else f"recover:{settled.name}"
@@ -73,6 +71,11 @@ class CellSource:
         """Close the file."""
         self._file.close()
 
+    @property
+    def notes(self) -> list[str]:
+        """What was dropped, summed or found ambiguous so far."""
+        return [*self._file.notes, *self._choice.features.notes]
+
     def obs(self) -> pd.DataFrame:
         """Return the cells' metadata, index kept, in the file's order."""
         return self._obs
@@ -81,6 +84,32 @@ class CellSource:
     def stored_values(self) -> int:
         """Number of values above zero in the file's matrix, for a dense one about."""
         return self._choice.matrix.stored()
+
+    def graph_names(self) -> list[str]:
+        """Return the names of the graphs between cells that the source has."""
+        return self._file.graph_names()
+
+    def graphs(self, names: Sequence[str]) -> dict[str, Matrix]:
+        """Open those of the named graphs between cells that the source has: cells x cells, by row of the source.
+
+        Raises
+        ------
+        DataError
+            One that cannot be read or is not square over the source's cells.
+        UsageError
+            Several names for a source whose one graph has none.
+        """
+        try:
+            found = self._file.graphs(names)
+        except DAMAGE as error:
+            line = first_line(error)
+            raise DataError(f"{self.path}: its graphs cannot be read ({line}); leave --neighbours out") from error
+        for name, matrix in found.items():
+            if matrix.shape != (self.n_cells, self.n_cells):
+                mend = f"write the file again, or leave --neighbours {name} out"
+                raise DataError(f"{matrix.place}: is {matrix.shape}, not square over {self.n_cells:,} cells; {mend}")
+            matrix.scratch = self._choice.matrix.scratch
+        return found
 
     def sampled_totals(self) -> Array:
         """Return the counts of cells spread over the file: float64 [some cells]."""

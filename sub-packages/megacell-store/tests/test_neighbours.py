@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graphs between cells: what a store holds equals the files' obsp, block by block, however the store was made."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sklearn.neighbors import kneighbors_graph
+
+from megacell.store import CellStore, conversion, convert
+from megacell.store.errors import DataError, UsageError
+from megacell.store.manifest import Manifest
+from megacell.store.verify import verify
+
+ALLOWED = {"allow_subset": True, "shard_bytes": 20_000}
+
+
+def knn(counts, k: int = 6) -> sp.csr_matrix:
+    """Return distances to each cell's nearest, nearest first: float64."""
+    return kneighbors_graph(counts, k, mode="distance")
+
+
+@pytest.fixture
+def with_graphs(made):
+    """A function that makes AnnData of so many cells with `connectivities` (float32) and `distances` (float64)."""
+
+    def make(cells: int, seed: int, **options) -> ad.AnnData:
+        data = made.anndata(made.counts(cells, 300, seed=seed), name=f"s{seed}", **options)
+        data.obs["age"] = np.arange(cells) % 7
+        data.obsp["distances"] = knn(data.X)
+        data.obsp["connectivities"] = data.obsp["distances"].copy().astype(np.float32)
+        data.obsp["connectivities"].data[:] = 1 / (1 + data.obsp["connectivities"].data)
+        return data
+
+    return make
+
+
+def assert_same_graph(found: sp.spmatrix, expected: sp.spmatrix) -> None:
+    """Edges and weights, bit for bit, whatever their order."""
+    found, expected = sp.csr_matrix(found).copy(), sp.csr_matrix(expected).copy()
+    for matrix in (found, expected):
+        matrix.sort_indices()
+    assert found.shape == expected.shape
+    np.testing.assert_array_equal(found.indptr, expected.indptr)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_array_equal(found.data, expected.data)
+
+
+LAYOUTS = {
+    "csr": sp.csr_matrix,
+    "csc": sp.csc_matrix,
+    "dense": lambda graph: graph.toarray(),
+    "a sparse array": sp.csr_array,
+}
+
+
+@pytest.mark.parametrize("form", ["h5ad", "zarr"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_graph_comes_back_edge_by_edge(layout, form, with_graphs, tmp_path):
+    data = with_graphs(60, 1)
+    expected = data.obsp["distances"].copy()
+    data.obsp["distances"] = LAYOUTS[layout](expected)
+    path = tmp_path / f"made.{form}"
+    getattr(data, f"write_{form}")(path)
+    convert(path, tmp_path / "store", neighbours="distances", **ALLOWED)
+    graph = CellStore.open(tmp_path / "store").neighbours("distances")
+    assert (len(graph), graph.cells, graph.edges) == (60, 60, expected.nnz)
+    assert_same_graph(graph.rows(slice(None)), expected)
+    assert verify(tmp_path / "store").damages == []
+
+
+def test_weights_keep_their_type_and_neighbours_their_order(with_graphs, save, tmp_path):
+    data = with_graphs(60, 1)
+    convert(save(data), tmp_path / "store", neighbours=["connectivities", "distances"], **ALLOWED)
+    store = CellStore.open(tmp_path / "store")
+    for name, dtype in (("connectivities", np.float32), ("distances", np.float64)):
+        expected = data.obsp[name]
+        for cell in (0, 17, 59):
+            ids, weights = store.neighbours(name).of(cell)
+            assert (ids.dtype, weights.dtype) == (np.uint32, dtype)
+            row = slice(expected.indptr[cell], expected.indptr[cell + 1])
+            np.testing.assert_array_equal(ids, expected.indices[row])
+            np.testing.assert_array_equal(weights, expected.data[row])
+    files = sorted(path.relative_to(store.path).as_posix() for path in (store.path / "neighbours").rglob("*.npy"))
+    assert files == [
+        f"neighbours/{name}-1/{file}.npy"
+        for name in ("connectivities", "distances")
+        for file in ("indices", "indptr", "weights")
+    ]
+
+
+def test_several_files_make_diagonal_blocks_and_one_without_a_graph_none(with_graphs, made, save, tmp_path):
+    first, third = with_graphs(50, 1), with_graphs(70, 3)
+    third.obsp["distances"] = third.obsp["distances"].astype(np.float32)
+    files = [save(first, "a.h5ad"), save(made.counts(40, 300, seed=2), "b.h5ad"), save(third, "c.h5ad")]
+    report = convert(files, tmp_path / "store", neighbours="distances", **ALLOWED)
+    nothing = sp.csr_matrix((40, 40))
+    graph = CellStore.open(tmp_path / "store").neighbours("distances")
+    assert_same_graph(
+        graph.rows(slice(None)), sp.block_diag([first.obsp["distances"], nothing, third.obsp["distances"]])
+    )
+    notes = [[note for note in source.notes if "graph" in note] for source in report.sources]
+    assert notes == [[], ["has no graph distances: its cells have no neighbours there"], []]
+
+
+@pytest.mark.parametrize("options", [{"where": "age < 5"}, {"min_counts": 2500}], ids=["by a query", "by their counts"])
+def test_edges_to_cells_that_were_left_out_are_dropped_and_said(options, with_graphs, save, tmp_path):
+    data = with_graphs(80, 1)
+    keep = np.asarray(data.obs["age"] < 5) if "where" in options else np.asarray(data.X.sum(1) >= 2500).ravel()
+    assert 10 < keep.sum() < 75
+    report = convert(save(data), tmp_path / "store", neighbours="distances", **options, **ALLOWED)
+    graph = CellStore.open(tmp_path / "store").neighbours("distances")
+    expected = data.obsp["distances"][keep]
+    assert_same_graph(graph.rows(slice(None)), expected[:, keep])
+    lost = expected.nnz - expected[:, keep].nnz
+    assert lost > 0
+    assert f"distances: {lost:,} edges to cells that were left out dropped" in report.sources[0].notes
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_the_files_filters_and_shards_the_graph_is_the_files_blocks(data, made, tmp_path_factory):
+    folder, blocks, files = tmp_path_factory.mktemp("any"), [], []
+    threshold = data.draw(st.integers(1, 7), label="keep ages below")
+    for number in range(data.draw(st.integers(1, 4), label="files")):
+        cells = data.draw(st.integers(1, 40), label="cells")
+        random = np.random.default_rng(data.draw(st.integers(0, 2**32), label="seed"))
+        one = made.anndata(made.counts(cells, 60, seed=number, depth=400.0), name=f"f{number}")
+        one.obs["age"] = random.integers(0, 7, cells)
+        one.obs.loc[one.obs_names[0], "age"] = 0  # of each file a cell is left
+        graph = sp.random(cells, cells, density=float(random.random()) * 0.3, format="csr", rng=random)
+        if number == 0 or random.random() < 0.7:
+            one.obsp["g"] = graph if random.random() < 0.5 else graph.tocsc()
+        else:
+            graph = sp.csr_matrix((cells, cells))
+        keep = np.asarray(one.obs["age"] < threshold)
+        blocks.append(graph[keep][:, keep])
+        one.write_h5ad(folder / f"f{number}.h5ad")
+        files.append(folder / f"f{number}.h5ad")
+    size = data.draw(st.sampled_from([500, 3_000, 1 << 30]), label="shard bytes")
+    options = {"where": f"age < {threshold}", "allow_subset": True, "allow_low_counts": True, "shard_bytes": size}
+    appended = data.draw(st.integers(0, len(files) - 1), label="files appended")
+    convert(files[: len(files) - appended], folder / "store", neighbours="g", **options)
+    for file in files[len(files) - appended :]:
+        wanted = ("g",) if "g" in ad.read_h5ad(file).obsp else ()
+        convert(file, folder / "store", append=True, neighbours=wanted, **options)
+    graph = CellStore.open(folder / "store").neighbours("g")
+    assert_same_graph(graph.rows(slice(None)), sp.block_diag(blocks, format="csr"))
+    assert verify(folder / "store").damages == []
+
+
+# -- however the work is done
+
+
+@pytest.fixture
+def files(with_graphs, save) -> list[Path]:
+    """Three files, each a shard and more."""
+    return [save(with_graphs(60 + i, i), f"f{i}.h5ad") for i in range(3)]
+
+
+NAMES = ("distances", "connectivities")
+
+
+@pytest.fixture
+def whole(files, tmp_path) -> Manifest:
+    """What one undisturbed process makes of the files."""
+    convert(files, tmp_path / "whole", neighbours=NAMES, **ALLOWED)
+    return Manifest.open(tmp_path / "whole")
+
+
+def left(store: Path) -> list[str]:
+    return sorted(path.relative_to(store).as_posix() for path in store.rglob("*"))
+
+
+def test_parts_and_a_finish_make_the_same_graphs(files, whole, tmp_path):
+    for number in (2, 1):
+        convert(files, tmp_path / "store", neighbours=NAMES, part=(number, 3), **ALLOWED)
+    convert(files, tmp_path / "store", neighbours=NAMES, finish=True, **ALLOWED)
+    assert Manifest.open(tmp_path / "store").digest == whole.digest
+    assert left(tmp_path / "store") == left(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("loss", ["nothing", "an array of a shard's edges", "a shard's edges cut short"])
+def test_after_a_kill_edges_that_were_set_aside_are_taken_if_they_are_whole(loss, files, whole, tmp_path, monkeypatch):
+    store, real, done = tmp_path / "store", conversion.make_shard, []
+    monkeypatch.setattr(conversion, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(files, store, neighbours=NAMES, **ALLOWED)
+    monkeypatch.undo()
+    name = store / "plan.tmp/edges-00001/distances-indices.npy"
+    if loss == "an array of a shard's edges":
+        name.unlink()
+    elif loss != "nothing":
+        name.write_bytes(name.read_bytes()[:-4])
+    monkeypatch.setattr(conversion, "make_shard", lambda *of: done.append(of[1]) or real(*of))
+    convert(files, store, neighbours=NAMES, **ALLOWED)
+    assert done == ([] if loss == "nothing" else [1])
+    assert Manifest.open(store).digest == whole.digest
+    assert left(store) == left(tmp_path / "whole")
+
+
+def test_another_choice_of_graphs_is_another_request(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(files, tmp_path / "store", neighbours=NAMES, **ALLOWED)
+    monkeypatch.undo()
+    lines = []
+    convert(files, tmp_path / "store", neighbours="distances", log=lines.append, **ALLOWED)
+    assert not any("going on" in line for line in lines)
+    assert list(CellStore.open(tmp_path / "store").manifest.graphs) == ["distances"]
+
+
+def test_appending_grows_a_graph_and_older_readers_keep_theirs(files, with_graphs, made, save, tmp_path):
+    store, blocks = tmp_path / "store", [ad.read_h5ad(file).obsp["distances"] for file in files]
+    convert(files[0], store, neighbours="distances", **ALLOWED)
+    old = CellStore.open(store)
+    convert(save(made.counts(30, 300, seed=9), "plain.h5ad"), store, append=True, **ALLOWED)
+    kept = CellStore.open(store).neighbours("distances")
+    assert (len(kept), kept.cells) == (90, 60)
+    assert_same_graph(kept.rows(slice(None)), sp.block_diag([blocks[0], sp.csr_matrix((30, 30))]))
+    assert len(kept.of(75)[0]) == 0
+    convert(files[1:], store, append=True, neighbours=["distances", "connectivities"], **ALLOWED)
+    grown = CellStore.open(store)
+    expected = sp.block_diag([blocks[0], sp.csr_matrix((30, 30)), *blocks[1:]])
+    assert_same_graph(grown.neighbours("distances").rows(slice(None)), expected)
+    assert sorted(grown.manifest.neighbours) == ["connectivities-3", "distances-3"]
+    assert grown.neighbours("connectivities").rows(slice(90)).nnz == 0
+    assert_same_graph(old.neighbours("distances").rows(slice(None)), blocks[0])
+    assert_same_graph(CellStore.open(store, generation=2).neighbours("distances").rows(slice(60)), kept.rows(slice(60)))
+    with pytest.raises(DataError, match=r"no graph 'connectivities'; there are distances"):
+        old.neighbours("connectivities")
+    assert verify(store).damages == []
+    assert verify(store).files == sum(path.is_file() for path in store.rglob("*"))
+
+
+def test_a_grown_graph_widens_its_weights_where_it_must(with_graphs, save, tmp_path):
+    first, second = with_graphs(40, 1), with_graphs(50, 2)
+    second.obsp["connectivities"] = second.obsp["distances"]
+    convert(save(first, "a.h5ad"), tmp_path / "store", neighbours="connectivities", **ALLOWED)
+    convert(save(second, "b.h5ad"), tmp_path / "store", append=True, neighbours="connectivities", **ALLOWED)
+    graph = CellStore.open(tmp_path / "store").neighbours("connectivities")
+    assert graph.of(0)[1].dtype == np.float64
+    expected = sp.block_diag([first.obsp["connectivities"].astype(np.float64), second.obsp["connectivities"]])
+    assert_same_graph(graph.rows(slice(None)), expected)
+
+
+# -- what is refused
+
+
+def test_a_graph_that_no_file_has_is_wrong_usage(files, tmp_path):
+    for options in ({}, {"dry_run": True}):
+        with pytest.raises(
+            UsageError, match="knn: no file has that graph in obsp; there are connectivities, distances"
+        ):
+            convert(files, tmp_path / "store", neighbours=["distances", "knn"], **options, **ALLOWED)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a\\b", "a\nb", "x" * 201])
+def test_a_name_that_can_be_no_folders_is_wrong_usage(name, files, tmp_path):
+    with pytest.raises(UsageError, match="cannot be a folder's name"):
+        convert(files, tmp_path / "store", neighbours=name, **ALLOWED)
+
+
+def spoil(path: Path, how: str) -> None:
+    with h5py.File(path, "r+") as file:
+        graph = file["obsp/distances"]
+        if how == "not square":
+            graph.attrs["shape"] = np.array([60, 59])
+        elif how == "of another size":
+            graph.attrs["shape"] = np.array([59, 59])
+        elif how == "of a negative shape":
+            graph.attrs["shape"] = np.array([-60, -60])
+        elif how == "without indptr":
+            del graph["indptr"]
+        elif how == "no matrix":
+            del file["obsp"]
+            file["obsp/distances"] = np.array(["text"], dtype="S")
+        elif how == "NaN":
+            graph["data"][100] = np.nan
+        elif how == "infinite":
+            graph["data"][100] = np.inf
+        elif how == "an edge to no cell":
+            graph["indices"][100] = 60
+        elif how == "an edge to a negative cell":
+            graph["indices"][100] = -1
+        else:
+            graph["indptr"][7] = 10**6
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("not square", r"is \(60, 59\), not square over 60 cells"),
+        ("of another size", r"is \(59, 59\), not square over 60 cells"),
+        ("of a negative shape", r"is \(-60, -60\), not square over 60 cells"),
+        ("without indptr", "cannot be read"),
+        ("no matrix", "is no matrix"),
+        ("NaN", "cell 16: a NaN or infinite weight"),
+        ("infinite", "cell 16: a NaN or infinite weight"),
+        ("an edge to no cell", r"an index outside 0 … 59"),
+        ("an edge to a negative cell", r"an index outside 0 … 59"),
+        ("pointers that lead astray", "indptr does not fit the values"),
+    ],
+)
+def test_a_bad_graph_is_refused_by_name(how, reason, files, tmp_path):
+    files = files[:2]
+    spoil(files[0], how)
+    with pytest.raises(DataError, match=rf"f0\.h5ad: obsp/distances.*{reason}") as raised:
+        convert(files, tmp_path / "store", neighbours="distances", **ALLOWED)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "store").exists()
+    report = convert(files, tmp_path / "store", neighbours="distances", skip_bad=True, **ALLOWED)
+    assert len(report.left_out) == 1
+    store = CellStore.open(tmp_path / "store")
+    assert_same_graph(store.neighbours("distances").rows(slice(None)), ad.read_h5ad(files[1]).obsp["distances"])
+
+
+def test_a_file_with_a_bad_graph_is_taken_where_the_graph_is_not_asked_for(files, tmp_path):
+    spoil(files[0], "NaN")
+    convert(files, tmp_path / "store", **ALLOWED)
+    store = CellStore.open(tmp_path / "store")
+    assert len(store) == 183
+    with pytest.raises(DataError, match="no graph 'distances'; it has none"):
+        store.neighbours("distances")
+
+
+# -- reading
+
+
+@pytest.fixture
+def store(files, tmp_path) -> CellStore:
+    convert(files[:2], tmp_path / "store", neighbours=NAMES, **ALLOWED)
+    return CellStore.open(tmp_path / "store")
+
+
+def test_neighbours_are_views_of_mapped_files(store):
+    graph = store.neighbours("distances")
+    assert graph is store.neighbours("distances")
+    ids, weights = graph.of(5)
+    for array in (ids, weights):
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        assert type(array.base).__name__ == "mmap"
+    with pytest.raises(ValueError, match="read-only"):
+        ids[0] = 1
+
+
+def test_a_graph_pickles_as_a_path(store, monkeypatch, tmp_path):
+    monkeypatch.chdir(store.path.parent)
+    graph = CellStore.open("store").neighbours("distances")
+    expected = graph.rows([3, 100])
+    content = pickle.dumps(graph)
+    monkeypatch.chdir(tmp_path / "..")
+    assert len(content) < 1000
+    assert_same_graph(pickle.loads(content).rows([3, 100]), expected)  # our own bytes
+
+
+@pytest.mark.parametrize("cells", [[3, 3, 100, 0], slice(110, 2, -3), np.arange(121) % 4 == 0, []])
+def test_rows_take_cells_as_the_stores_rows_do(cells, store, files):
+    expected = sp.block_diag([ad.read_h5ad(file).obsp["distances"] for file in files[:2]], format="csr")
+    assert_same_graph(store.neighbours("distances").rows(cells), expected[cells])
+
+
+def test_a_cell_that_is_not_there_is_an_error(store):
+    graph = store.neighbours("distances")
+    for ask in (lambda: graph.of(121), lambda: graph.of(-1), lambda: graph.rows([121]), lambda: graph.sample([121])):
+        with pytest.raises(DataError, match=r"no cell (121|-1); there are 121"):
+            ask()
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["by weight", "all alike"])
+def test_a_draw_depends_on_the_seed_and_the_cell_alone(weighted, store):
+    graph = store.neighbours("connectivities")
+    whole = graph.sample(slice(None), 8, seed=3, weighted=weighted)
+    assert whole.dtype == np.int64
+    order = np.random.default_rng(0).permutation(121)
+    np.testing.assert_array_equal(graph.sample(order, 8, seed=3, weighted=weighted), whole[order])
+    np.testing.assert_array_equal(graph.sample([7], 3, seed=3, weighted=weighted), whole[[7], :3])
+    assert (graph.sample(slice(None), 8, seed=4, weighted=weighted) != whole).mean() > 0.5
+    for cell in (0, 60, 120):
+        assert set(whole[cell]) <= set(graph.of(cell)[0].tolist())
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["by weight", "all alike"])
+def test_neighbours_are_drawn_as_often_as_they_should_be(weighted, store):
+    graph = store.neighbours("connectivities")
+    n = 20_000
+    for cell, drawn in enumerate(graph.sample(slice(20), n, seed=1, weighted=weighted)):
+        ids, weights = graph.of(cell)
+        share = weights / weights.sum(dtype=np.float64) if weighted else np.full(len(ids), 1 / len(ids))
+        found = np.array([(drawn == each).sum() for each in ids]) / n
+        assert (np.abs(found - share) < 5 * np.sqrt(share * (1 - share) / n)).all()
+
+
+def test_cells_without_neighbours_give_themselves(with_graphs, made, save, tmp_path):
+    data = with_graphs(60, 1)
+    graph = data.obsp["distances"].tolil()
+    graph[5] = 0
+    data.obsp["distances"] = graph.tocsr()
+    zeros = slice(data.obsp["distances"].indptr[8], data.obsp["distances"].indptr[9])
+    data.obsp["distances"].data[zeros] = 0
+    data.obsp["distances"].data[data.obsp["distances"].indptr[9]] = -1
+    convert(save(data), tmp_path / "store", neighbours="distances", **ALLOWED)
+    convert(save(made.counts(10, 300, seed=2), "b.h5ad"), tmp_path / "store", append=True, **ALLOWED)
+    found = CellStore.open(tmp_path / "store").neighbours("distances")
+    assert found.sample([5, 65, 69], 2).tolist() == [[5, 5], [65, 65], [69, 69]]
+    assert found.sample([8], 2).tolist() == [[8, 8]]
+    assert len(found.of(8)[0]) == 6
+    assert 8 not in found.sample([8], 20, weighted=False)
+    with pytest.raises(DataError, match="cell 9 has negative weights in distances; draw with weighted=False"):
+        found.sample(slice(None))
+    assert set(found.sample([9], 50, weighted=False)[0]) <= set(found.of(9)[0].tolist())
+
+
+@pytest.mark.parametrize("options", [{"seed": -1}, {"seed": 2**64}, {"n": -1}])
+def test_a_seed_or_number_out_of_range_is_wrong_usage(options, store):
+    with pytest.raises(UsageError):
+        store.neighbours("distances").sample([0], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "value"), [("indptr", 5, 2**40), ("indptr", 5, -3), ("indices", 30, 2**32 - 1)]
+)
+def test_numbers_that_lead_astray_are_an_error_and_no_crash(store, name, position, value):
+    path = store.path / f"neighbours/distances-1/{name}.npy"
+    array = np.load(path)
+    array[position] = value
+    np.save(path, array)
+    graph = CellStore.open(store.path).neighbours("distances")
+    for ask in (
+        lambda: [graph.of(i) for i in range(9)],
+        lambda: graph.rows(slice(9)),
+        lambda: graph.sample(range(9), 99),
+    ):
+        with pytest.raises(DataError, match=r"distances-1: damaged; run `megacell verify"):
+            ask()
+    assert any("distances-1" in line for line in verify(store.path).damages)
+
+
+@pytest.mark.parametrize("name", ["indptr.npy", "indices.npy", "weights.npy"])
+def test_a_truncated_or_missing_array_is_found_before_it_is_read(name, store):
+    path = store.path / "neighbours/distances-1" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{name}.*bytes, should be"):
+        CellStore.open(store.path).neighbours("distances").of(0)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{name}.*cannot be read"):
+        CellStore.open(store.path).neighbours("distances").of(0)
+
+
+def test_a_graph_with_another_writers_name_is_found_by_it(store):
+    """A name without a generation is the graph's own."""
+    (store.path / "neighbours/distances-1").rename(store.path / "neighbours/plain")
+    renamed = replace(store.manifest, neighbours={"plain": store.manifest.neighbours["distances-1"]})
+    (store.path / "manifest.json").write_bytes(renamed.dumps())
+    assert CellStore.open(store.path).neighbours("plain").edges == store.neighbours("distances").edges
+
+
+def test_real_cells_keep_their_nearest_neighbours(real_cells, tmp_path):
+    blocks, files = [], [real_cells / "pbmc5k_protein.h5ad"]
+    for name in ("pbmc4k_b", "pbmc4k_a"):
+        data = ad.read_h5ad(real_cells / f"{name}.h5ad")
+        logs = np.log1p(data.X.toarray())
+        data.obsp["distances"] = knn(logs[:, logs.var(0).argsort()[-500:]], 15)
+        blocks.insert(0, data.obsp["distances"])
+        data.write_h5ad(tmp_path / f"{name}.h5ad")
+        files.insert(0, tmp_path / f"{name}.h5ad")
+    blocks.append(sp.csr_matrix((200, 200)))
+    convert(files, tmp_path / "store", neighbours="distances", shard_bytes=3_000_000)
+    store = CellStore.open(tmp_path / "store")
+    assert len(store.manifest.shards) > 2
+    graph = store.neighbours("distances")
+    assert_same_graph(graph.rows(slice(None)), sp.block_diag(blocks))
+    types = store.obs["cell_type"].astype(object).to_numpy()
+    drawn = graph.sample(slice(1100), 5, seed=1, weighted=False)
+    known = ~store.obs["cell_type"].isna().to_numpy()
+    agreeing = [types[drawn[i]][known[drawn[i]]] == types[i] for i in range(1100) if known[i]]
+    assert np.concatenate(agreeing).mean() > 0.6  # neighbours are of a kind, and not cells drawn at random
