@@ -128,3 +128,28 @@ def test_graphs_are_kept_listed_and_exported(megacell, counts, made, save, tmp_p
     absent = ("convert", tmp_path / "made.h5ad", "--out", tmp_path / "b", "--allow-subset", "--neighbours", "knn")
     code, _, err = megacell(*absent)
     assert (code, err.count("\n")) == (2, 1)
+
+
+def test_compact_says_what_it_did(megacell, counts, made, save, tmp_path):
+    store = tmp_path / "store"
+    for number in range(3):
+        path = save(made.counts(30, 300, seed=number), f"{number}.h5ad")
+        append = ["--append"] * (number > 0)
+        assert megacell("convert", path, "--out", store, "--allow-subset", *append)[0] == 0
+    code, out, err = megacell("compact", store, "--workers", 1)
+    assert (code, err) == (0, "")
+    merged, committed, kept = out.splitlines()
+    assert merged == "merged 3 shards into 1"
+    assert committed == f"committed generation 4 of {store}: 1 shard"
+    assert kept.startswith("earlier generations keep ")
+    assert kept.endswith(" bytes of their own; --prune removes them")
+    nothing, kept = megacell("compact", store, "--prune")[1].splitlines()
+    assert nothing.startswith("nothing to merge: 1 shard")
+    assert kept.endswith("replaced under 24 hours ago")
+    out = megacell("compact", store, "--prune", "--older-than", 0)[1]
+    assert "pruned generations 1, 2, 3: " in out
+    assert "earlier generations keep" not in out
+    assert [path.name for path in (store / "shards").iterdir()] == ["00003"]
+    code, _, err = megacell("compact", tmp_path)
+    assert (code, err.count("\n")) == (1, 1)
+    assert megacell("compact", store, "--older-than", "-1")[0] == 2

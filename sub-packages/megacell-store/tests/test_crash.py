@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.neighbors import kneighbors_graph
 
 from megacell.store import CellStore, conversion, convert, durable
 from megacell.store.errors import DataError
@@ -19,21 +20,26 @@ ALLOWED = {"allow_subset": True}
 PATH = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
-def kill(folder: Path, every: int) -> dict:
+def kill(folder: Path, every: int, *cases: str) -> dict:
     script = Path(__file__).with_name("kill_everywhere.py")
-    command = [sys.executable, script, folder, str(every)]
+    command = [sys.executable, script, folder, str(every), *cases]
     answer = subprocess.run(command, capture_output=True, text=True, env=PATH, check=False)
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)
 
 
-@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some steps", "each step"])
-def test_killed_at_any_step_there_is_the_old_store_or_the_new_one(every, made, save, tmp_path):
-    save(made.counts(30, 200, seed=1), "old.h5ad")
-    save(made.counts(40, 250, seed=2), "new.h5ad")
-    found = kill(tmp_path, every)
-    assert found["kills"] >= 20
-    assert min(found["absent"], found["old"], found["new"]) >= 1
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some steps", "each step"])
+@pytest.mark.parametrize("cases", [("new", "append"), ("compact", "prune")], ids=["conversions", "compactions"])
+def test_killed_at_any_step_there_is_the_old_store_or_the_new_one(cases, every, made, save, tmp_path):
+    for seed, cells, name in ((1, 30, "old.h5ad"), (2, 40, "new.h5ad")):
+        data = made.anndata(made.counts(cells, 200 + 25 * seed, seed=seed))
+        data.obsp["distances"] = kneighbors_graph(data.X, 5, mode="distance")
+        save(data, name)
+    found = kill(tmp_path, every, *cases)
+    assert found["kills"] >= 8
+    assert found["old"] >= 1
+    assert found["new"] >= 1
+    assert (found["absent"] >= 1) == ("new" in cases)
 
 
 @pytest.mark.parametrize("limit", [300, 5_000, 60_000], ids=["at once", "in a shard", "in the tables"])

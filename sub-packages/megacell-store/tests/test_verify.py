@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from sklearn.neighbors import kneighbors_graph
 
-from megacell.store import CellStore, convert
+from megacell.store import CellStore, compact, convert
 from megacell.store.errors import DataError
 from megacell.store.verify import verify
 
@@ -15,9 +16,12 @@ ALLOWED = {"allow_subset": True}
 
 @pytest.fixture
 def store(counts, made, save, tmp_path):
-    """A store of two generations and several shards."""
-    convert(save(counts, "a.h5ad"), tmp_path / "store", shard_bytes=10_000, **ALLOWED)
+    """A store of several shards and three generations, each of which has files that the others lack."""
+    data = made.anndata(counts)
+    data.obsp["distances"] = kneighbors_graph(counts, 3, mode="distance")
+    convert(save(data, "a.h5ad"), tmp_path / "store", shard_bytes=10_000, neighbours="distances", **ALLOWED)
     convert(save(made.counts(20, 200, seed=5), "b.h5ad"), tmp_path / "store", append=True, **ALLOWED)
+    compact(tmp_path / "store")
     return tmp_path / "store"
 
 
@@ -60,7 +64,11 @@ def test_every_flipped_byte_is_found(store):
 
 
 @pytest.mark.parametrize(
-    "name", ["shards/00000/counts.npy", "genes-2.parquet", "panels-1.parquet", "manifest-1.json", "manifest-2.json"]
+    "name",
+    [
+        *("shards/00000/counts.npy", "genes-2.parquet", "panels-1.parquet", "manifest-1.json", "manifest-3.json"),
+        *("neighbours/distances-1/weights.npy", "shards/00004/obs.parquet"),
+    ],
 )
 def test_missing_truncated_and_swapped_files_are_named(store, name):
     path = store / name
@@ -80,4 +88,4 @@ def test_two_shards_in_each_others_place_are_found(store):
     shutil.move(store / "aside", second)
     assert damages(store)
     with pytest.raises(DataError):
-        CellStore.open(store).rows(slice(None))
+        CellStore.open(store, generation=2).rows(slice(None))

@@ -5,12 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megacell.store.cells import CellStore
+    from megacell.store.compaction import compact
     from megacell.store.conversion import convert
 
-__all__ = ["CellStore", "convert"]
+__all__ = ["CellStore", "compact", "convert"]
 
 # no module may bear an exported name: once imported, it would stand here in the function's place
-_FROM = {"CellStore": "megacell.store.cells", "convert": "megacell.store.conversion"}
+_FROM = {
+    "CellStore": "megacell.store.cells",
+    "compact": "megacell.store.compaction",
+    "convert": "megacell.store.conversion",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megacell.store.bench_command import register_bench
+from megacell.store.compact_command import register_compact
 from megacell.store.convert_command import register_convert, table
 from megacell.store.errors import DataError
 from megacell.store.scdl_command import register_scdl
@@ -16,6 +17,7 @@ from megacell.store.scdl_command import register_scdl
 def register(commands: Any) -> None:
     """Add this package's sub-commands to argparse's sub-parsers."""
     register_convert(commands)
+    register_compact(commands)
     register_scdl(commands)
     register_bench(commands)
     info = commands.add_parser("info", help="say what a cell store holds")
