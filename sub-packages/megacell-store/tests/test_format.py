@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.neighbors import kneighbors_graph
 
 from megacell.store import CellStore, convert
 from megacell.store.manifest import Manifest
@@ -67,10 +68,15 @@ def test_the_manifest_of_version_1_has_these_members(store):
     assert Manifest.loads((store.path / "manifest.json").read_bytes(), store.path) == store.manifest
 
 
-def test_the_reader_in_the_document_reads_a_store(store, monkeypatch):
-    code = DOCUMENT.read_text().partition("    import json, numpy")
+def documented(first_line: str) -> str:
+    """Return the program in the document that begins so."""
+    code = DOCUMENT.read_text().partition(f"    {first_line}")
     lines = (code[1] + code[2]).splitlines()
-    program = textwrap.dedent("\n".join(line for line in lines[: lines.index("", 1)]))
+    return textwrap.dedent("\n".join(lines[: lines.index("", 1)]))
+
+
+def test_the_reader_in_the_document_reads_a_store(store, monkeypatch):
+    program = documented("import json, numpy")
     found: dict = {}
     (store.path.parent / "STORE").symlink_to(store.path)
     monkeypatch.chdir(store.path.parent)
@@ -78,3 +84,18 @@ def test_the_reader_in_the_document_reads_a_store(store, monkeypatch):
         exec(program.replace("indptr[0], indptr[1]", f"indptr[{cell}], indptr[{cell} + 1]"), found)
         row = store.rows([cell])
         assert found["cell"] == dict(zip(store.gene_ids[row.indices], row.data, strict=True))
+
+
+def test_the_reader_of_graphs_in_the_document_reads_one(made, save, tmp_path, monkeypatch):
+    data = made.anndata(made.counts(30, 300, seed=1))
+    data.obsp["connectivities"] = kneighbors_graph(data.X, 4, mode="distance").astype(np.float32)
+    convert(save(data), tmp_path / "STORE", neighbours="connectivities", allow_subset=True)
+    later = save(made.counts(10, 300, seed=2), "later.h5ad")
+    convert(later, tmp_path / "STORE", append=True, allow_subset=True)
+    graph = CellStore.open(tmp_path / "STORE").neighbours("connectivities")
+    monkeypatch.chdir(tmp_path)
+    found: dict = {"numpy": np, "manifest": json.loads((tmp_path / "STORE/manifest.json").read_bytes())}
+    program = documented('folder = "STORE/neighbours/')
+    for cell in (0, 29, 35):
+        exec(program.replace("cell = 0", f"cell = {cell}"), found)
+        assert found["neighbours"] == dict(zip(*graph.of(cell), strict=True))
