@@ -150,6 +150,7 @@ def test_fractions_and_whole_counts_stay_apart(made, save, tmp_path):
     assert_same_cells(after, before)
 
 
+@pytest.mark.exhaustive
 def test_gene_numbers_stay_narrow_where_the_genes_came_later(made, save, tmp_path):
     for number, (genes, first) in enumerate([(300, 0), (300, 100), (70_000, 0)]):
         counts = np.zeros((30, genes), np.float32)
@@ -167,6 +168,7 @@ def test_gene_numbers_stay_narrow_where_the_genes_came_later(made, save, tmp_pat
     assert_same_cells(CellStore.open(tmp_path / "store"), before)
 
 
+@pytest.mark.exhaustive
 def test_several_workers_make_the_same_shards(store, tmp_path):
     shutil.copytree(store.path, tmp_path / "copy")
     sizes = [sum(file.bytes for file in shard.files.values()) for shard in store.manifest.shards]

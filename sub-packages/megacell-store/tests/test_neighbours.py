@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import kneighbors_graph
 
@@ -61,9 +61,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("form", ["h5ad", "zarr"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_graph_comes_back_edge_by_edge(layout, form, with_graphs, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "layout"), [*(("h5ad", layout) for layout in LAYOUTS), ("zarr", "csr"), ("zarr", "csc")]
+)
+def test_a_graph_comes_back_edge_by_edge(form, layout, with_graphs, tmp_path):
     data = with_graphs(60, 1)
     expected = data.obsp["distances"].copy()
     data.obsp["distances"] = LAYOUTS[layout](expected)
@@ -124,9 +125,12 @@ def test_edges_to_cells_that_were_left_out_are_dropped_and_said(options, with_gr
     assert f"distances: {lost:,} edges to cells that were left out dropped" in report.sources[0].notes
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_whatever_the_files_filters_and_shards_the_graph_is_the_files_blocks(data, made, tmp_path_factory):
+@pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.exhaustive)], ids=["some", "many"])
+def test_whatever_the_files_filters_and_shards_the_graph_is_the_files_blocks(examples, made, tmp_path_factory):
+    given(data=st.data())(settings(max_examples=examples, deadline=None)(check_blocks))(made, tmp_path_factory)
+
+
+def check_blocks(made, tmp_path_factory, data) -> None:
     folder, blocks, files = tmp_path_factory.mktemp("any"), [], []
     threshold = data.draw(st.integers(1, 7), label="keep ages below")
     for number in range(data.draw(st.integers(1, 4), label="files")):
@@ -311,13 +315,17 @@ def spoil(path: Path, how: str) -> None:
     ],
 )
 def test_a_bad_graph_is_refused_by_name(how, reason, files, tmp_path):
-    files = files[:2]
     spoil(files[0], how)
     with pytest.raises(DataError, match=rf"f0\.h5ad: obsp/distances.*{reason}") as raised:
         convert(files, tmp_path / "store", neighbours="distances", **ALLOWED)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "store").exists()
-    report = convert(files, tmp_path / "store", neighbours="distances", skip_bad=True, **ALLOWED)
+
+
+@pytest.mark.parametrize("how", ["not square", "NaN"], ids=["at the first look", "further on"])
+def test_a_file_with_a_bad_graph_can_be_left_out(how, files, tmp_path):
+    spoil(files[0], how)
+    report = convert(files[:2], tmp_path / "store", neighbours="distances", skip_bad=True, **ALLOWED)
     assert len(report.left_out) == 1
     store = CellStore.open(tmp_path / "store")
     assert_same_graph(store.neighbours("distances").rows(slice(None)), ad.read_h5ad(files[1]).obsp["distances"])
