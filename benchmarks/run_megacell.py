@@ -92,6 +92,31 @@ def processes(store: str, n: str, seconds: str) -> dict[str, float]:
     return {"rows_per_second": statistics.median(found)}
 
 
+def tokenize(store: str, vocabulary: str, out: str) -> dict[str, Any]:
+    """Rank a store's cells in blocks; write them as Hugging Face's datasets has them; keep the tokens as NumPy's."""
+    from megacell.geneformer import Vocabulary
+    from megacell.geneformer.ranking import RankEncoder
+    from megacell.geneformer.tokenize import CELLS_AT_ONCE
+    from megacell.geneformer.tokenize import tokenize as write_dataset
+    from megacell.store import CellStore
+    from megacell.store.gather import RowBuffer
+
+    opened, words = CellStore.open(store), Vocabulary.load(Path(vocabulary))
+    encoder, buffer, found = RankEncoder(opened.gene_ids, opened.symbols, words), RowBuffer(), list[Any]()
+
+    def rank() -> None:
+        found.clear()
+        for first in range(0, len(opened), CELLS_AT_ONCE):
+            cells = np.arange(first, min(first + CELLS_AT_ONCE, len(opened)))
+            found.append(encoder.encode(*opened.gather(cells, buffer)))
+
+    rank()  # loads what is compiled
+    ranking, writing = timed(rank), timed(lambda: write_dataset(opened, words, Path(out) / "dataset"))
+    lengths = np.concatenate([np.diff(cu_lengths) for _, cu_lengths in found])
+    np.savez(Path(out) / "tokens.npz", tokens=np.concatenate([tokens for tokens, _ in found]), lengths=lengths)
+    return {"cells": len(lengths), "ranking": ranking, "writing": writing}
+
+
 def h5py(file: str) -> dict[str, float]:
     """Read a file's sparse matrix."""
     import h5py
@@ -134,5 +159,12 @@ def open_store(store: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    task = {"convert": convert, "read": read, "processes": processes, "h5py": h5py, "open": open_store}[sys.argv[1]]
+    task = {
+        "convert": convert,
+        "read": read,
+        "processes": processes,
+        "tokenize": tokenize,
+        "h5py": h5py,
+        "open": open_store,
+    }[sys.argv[1]]
     print(json.dumps(task(*sys.argv[2:])))
