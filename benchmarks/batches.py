@@ -56,8 +56,8 @@ def real_like(store: CellStore, cells: int, path: Path) -> None:
 def against_tokenizer(python: Path, folder: Path, vocabulary: Vocabulary, geneformer: Path) -> dict[str, Any]:
     """Rank the cells of ``folder/cells.h5ad`` and of ``folder/store`` by Geneformer's tokenizer and by Megacell.
 
-    Each runs in a process of its own, once: both take long enough. The tokenizer ranks cells that are in memory, Megacell
-    those of the store. Compared are CPU seconds of that alone, and of all from the file, or the store, to a dataset.
+    Each runs in a process of its own, once: both take long enough. The tokenizer ranks cells that are in memory,
+    Megacell those of the store. Compared are CPU seconds of that alone, and of all from file or store to a dataset.
     """
     vocabulary.save(folder / "vocabulary")
     (folder / "ours").mkdir()

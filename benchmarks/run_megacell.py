@@ -101,7 +101,7 @@ def tokenize(store: str, vocabulary: str, out: str) -> dict[str, Any]:
     from megacell.store import CellStore
     from megacell.store.gather import RowBuffer
 
-    opened, words = CellStore.open(store), Vocabulary.load(Path(vocabulary))
+    opened, words = CellStore.open(store), Vocabulary.open(vocabulary)
     encoder, buffer, found = RankEncoder(opened.gene_ids, opened.symbols, words), RowBuffer(), list[Any]()
 
     def rank() -> None:
