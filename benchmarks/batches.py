@@ -28,7 +28,7 @@ from megacell.store import CellStore, convert
 
 GENES_A_CELL = 1343
 CELLS_AT_ONCE = 500
-DICTIONARIES = ("token_dictionary", "gene_median_dictionary", "ensembl_mapping_dict")
+DICTIONARIES = ("token_dictionary", "gene_median_dictionary")
 
 
 def _draw(counts: sp.csr_matrix, scale: float, cells: int, rng: np.random.Generator) -> sp.csr_matrix:
@@ -69,7 +69,7 @@ def against_tokenizer(python: Path, folder: Path, vocabulary: Vocabulary, genefo
     for dtype in ("float64", "float32"):
         out = folder / dtype
         out.mkdir()
-        theirs = child(python, "run_geneformer.py", folder / "cells.h5ad", "V2", *paths, out, dtype)
+        theirs = child(python, "run_geneformer.py", folder / "cells.h5ad", "V2", *paths, "-", out, dtype)
         found = np.load(out / "tokens.npz")
         if not np.array_equal(found["lengths"], own["lengths"]):
             raise SystemExit("Geneformer's tokenizer and Megacell make cells of other lengths; nothing to compare")
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--tokenizer-python", type=Path, metavar="PYTHON", help="an interpreter that has helical")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
-    vocabulary = import_geneformer(*(next(args.geneformer.glob(f"{name}*.pkl")) for name in DICTIONARIES[:2]))
+    vocabulary = import_geneformer(*(next(args.geneformer.glob(f"{name}*.pkl")) for name in DICTIONARIES))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         convert(args.sources, folder / "real")

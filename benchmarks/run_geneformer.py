@@ -5,7 +5,8 @@
 
 FILE has ``ensembl_id`` in var and no ``n_counts`` in obs, so that cells' totals are summed in the type given. OUT, a
 folder, gets the dataset and ``tokens.npz``. Only the file that holds the tokenizer is imported, so helical can be
-installed without what else it needs.
+installed without what else it needs. ID_MAPPING may be "-", for a file in which several ids mean one gene: helical
+2.2.0 stops at those.
 """
 
 import importlib.util
@@ -17,6 +18,8 @@ from typing import Any
 import anndata
 import numpy as np
 from measuring import timed
+
+NO_MAPPING = "-"
 
 
 def tokenizer_class() -> Any:
@@ -38,7 +41,8 @@ def main(file: str, edition: str, tokens: str, medians: str, mapping: str, out: 
     size, special = {"V1": (2048, False), "V2": (4096, True)}[edition]
     tokenizer = tokenizer_class()(
         model_input_size=size, special_token=special,
-        gene_median_file=medians, token_dictionary_file=tokens, gene_mapping_file=mapping,
+        gene_median_file=medians, token_dictionary_file=tokens,
+        gene_mapping_file=None if mapping == NO_MAPPING else mapping,
     )  # fmt: skip
     made: dict[str, Any] = {}
 
