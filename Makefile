@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.set-up
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all lint clean bench-peers bench-store bench-batches
 
 setup: $(STAMP)
 
@@ -29,5 +29,39 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest
 
+# Environments of the peers that the benchmarks compare with; see benchmarks/README.md. annbatch needs Python 3.12.
+PEERS := .peers
+PYTHON312 ?= python3.12
+DATA ?= $(or $(MEGACELL_TEST_DATA),../shared/data)
+
+bench-peers: $(PEERS)/scdl/.set-up $(PEERS)/geneformer/.set-up
+	if $(PYTHON312) --version; then $(MAKE) $(PEERS)/annbatch/.set-up; else echo "annbatch will not be measured"; fi
+
+$(PEERS)/scdl/.set-up:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet bionemo-scdl==0.1.3 torch==2.13.0 anndata==0.12.19
+	touch $@
+
+$(PEERS)/annbatch/.set-up:
+	$(PYTHON312) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet annbatch==0.3.1 zarrs==0.2.3 numba==0.68.1
+	touch $@
+
+$(PEERS)/geneformer/.set-up:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps helical==2.2.0
+	$(@D)/bin/python -m pip install --quiet datasets==3.6.0 numpy==2.2.6 pandas==2.2.2 scipy==1.13.1 anndata==0.12.19 \
+	  scanpy==1.11.5 torch==2.13.0 transformers==4.57.6 accelerate==1.14.0 scikit-learn==1.7.2
+	touch $@
+
+bench-store: setup
+	$(BIN)/python benchmarks/store.py --json benchmarks/results/store.json \
+	  $(if $(wildcard $(PEERS)/scdl/.set-up),--scdl-python $(PEERS)/scdl/bin/python) \
+	  $(if $(wildcard $(PEERS)/annbatch/.set-up),--annbatch-python $(PEERS)/annbatch/bin/python)
+
+bench-batches: setup
+	$(BIN)/python benchmarks/batches.py $(DATA)/cells $(DATA)/geneformer/V2 --json benchmarks/results/batches.json \
+	  $(if $(wildcard $(PEERS)/geneformer/.set-up),--tokenizer-python $(PEERS)/geneformer/bin/python)
+
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .peers demo .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from megacell.store import CellStore, convert
-from megacell.store.bench import bench_read, numpy_slices
+from megacell.store.bench import bench_read, numpy_slices, stored_slices
 
 
 @pytest.fixture
@@ -24,3 +24,10 @@ def test_every_method_has_its_figures(store):
     methods = {name for name, own in figures.items() if isinstance(own, dict)}
     assert {"store.rows", "numpy slices of the same maps", "scipy CSR in memory"} <= methods
     assert all(figures[name]["rows_per_cpu_second"] > 0 for name in methods)
+
+
+def test_slices_as_stored_hold_all_but_the_large_counts(store, counts):
+    cells = np.array([59, 0, 5, 6, 7, 7])
+    genes, found, indptr = stored_slices(store)(cells)
+    rows = np.repeat(np.arange(len(cells)), np.diff(indptr))
+    np.testing.assert_array_equal(found, np.minimum(counts[cells][rows, genes], 255))

@@ -6,10 +6,6 @@ this process's CPU time, all three ways checked to make the same tokens of the s
 threads are timed by the clock, since that is what they are for.
 """
 
-import datetime
-import importlib.metadata
-import os
-import platform
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +22,7 @@ from megacell.geneformer.order import share_out
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError
+from megacell.store.machine import where_and_when
 
 GLOBAL_BATCH, TOKEN_BUDGET = 512, 65_536
 REFERENCE_CELLS = 512
@@ -67,7 +64,7 @@ def bench_batches(store: CellStore, vocabulary: Vocabulary, seconds: float = 5.0
     }
     inputs = np.minimum(lengths[cells].astype(np.int64) + _around(vocabulary), vocabulary.max_length)
     return {
-        **_where_and_when(),
+        **where_and_when(),
         "store": {"cells": len(store), "genes": store.shape[1], "counts_a_cell": _counts_a_cell(store, cells)},
         "vocabulary": vocabulary.name,
         "batch": {"cells": GLOBAL_BATCH, "tokens": TOKEN_BUDGET, "tokens_a_cell": float(inputs.mean())},
@@ -174,32 +171,6 @@ def _own_memory() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
-
-
-def _where_and_when() -> dict[str, Any]:
-    packages = ("numpy", "numba", "pyarrow", "megacell")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": {"processor": _processor(), "cores": os.cpu_count()},
-        "load_average_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as such"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(figures: dict[str, Any]) -> str:

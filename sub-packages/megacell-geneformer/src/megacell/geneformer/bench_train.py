@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from megacell.geneformer.bench import _where_and_when
 from megacell.geneformer.training import settings
 from megacell.store.errors import DataError
+from megacell.store.machine import where_and_when
 
 ENDLESS = 1_000_000  # steps; a signal ends the run
 PEAKS = {  # dense 16-bit TFLOP/s as the vendor states them, by a part of the GPU's name
@@ -80,7 +80,7 @@ def bench_train(
                 log(_line(key, contenders[key]))
     flops = flops_a_token(cfg, lengths, vocabulary)
     return {
-        **_where_and_when(),
+        **where_and_when(),
         "accelerator": _accelerator(),
         "settings": {
             "overrides": [o for o in overrides if o.split("=")[0] not in ("store", "vocabulary")],

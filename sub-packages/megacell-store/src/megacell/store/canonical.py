@@ -27,13 +27,84 @@ def mix(x: Any) -> Any:
 
 
 @compiled
+def _copy_ascending(columns: Any, values: Any, gene_of: Any, genes: Any, out: Any) -> int:
+    """Copy a row whose genes ascend already, as most files have them; return how many values, -1 if they do not."""
+    n, last = 0, -1
+    for k in range(len(columns)):
+        column = columns[k]
+        if column < 0 or column >= len(gene_of):
+            return -1
+        gene = gene_of[column]
+        if gene < 0:
+            continue
+        if gene <= last:
+            return -1
+        last = gene
+        genes[n] = gene
+        out[n] = values[k]
+        n += values[k] != 0
+    return n
+
+
+@compiled
+def _scatter(columns: Any, values: Any, gene_of: Any, sums: Any, bits: Any, genes: Any, out: Any) -> tuple[int, bool]:
+    """Sum a row's values by gene into a dense accumulator with one bit a gene, and gather it by walking the bits.
+
+    Sorted without a sort. Returns how many values, and whether every column exists.
+    """
+    n, whole = 0, True
+    for k in range(len(columns)):
+        column = columns[k]
+        if column < 0 or column >= len(gene_of):
+            whole = False
+            continue
+        gene = gene_of[column]
+        if gene >= 0:
+            sums[gene] += values[k]
+            bits[gene >> 6] |= np.uint64(1) << np.uint64(gene & 63)
+    for word_number in range(len(bits)):
+        word = bits[word_number]
+        if word == 0:
+            continue
+        bits[word_number] = 0
+        while word != 0:
+            low = word & (~word + np.uint64(1))
+            word ^= low
+            gene = word_number * 64 + _BIT[(low * _DE_BRUIJN) >> np.uint64(58)]
+            genes[n] = gene
+            out[n] = sums[gene]
+            n += sums[gene] != 0
+            sums[gene] = 0.0
+    return n, whole
+
+
+@compiled
+def _flags(values: Any) -> int:
+    """Return what values are besides positive whole numbers."""
+    fine = True
+    for k in range(len(values)):
+        value = np.float64(values[k])
+        fine &= (value > 0) & (value <= LARGEST) & (value == np.floor(value))
+    flags = 0
+    if not fine:
+        for k in range(len(values)):
+            value = np.float64(values[k])
+            if not np.isfinite(value):
+                flags |= NOT_FINITE
+            elif value < 0:
+                flags |= NEGATIVE
+            elif value != np.floor(value):
+                flags |= FRACTIONAL
+            elif value > LARGEST:
+                flags |= TOO_LARGE
+    return flags
+
+
+@compiled
 def canonical_rows(
     indptr: Any, columns: Any, values: Any, keep: Any, gene_of: Any, n_genes: int
 ) -> tuple[Any, Any, Any, int, int]:
     """Map a block's columns to genes; sum the values of equal genes; sort; drop zeros, columns and rows.
-
-    Each row is scattered into a dense accumulator with one bit a gene, and gathered by walking the bits: sorted
-    without a sort.
 
     Parameters
     ----------
@@ -65,50 +136,24 @@ def canonical_rows(
     out_indptr = np.zeros(keep.sum() + 1, np.int64)
     out_genes = np.empty(len(columns), np.uint32)
     out_values = np.empty(len(columns), values.dtype)
-    n, row_out, flags, bad_row = 0, 0, 0, -1
+    begin, row_out, flags, bad_row = 0, 0, 0, -1
     for row in range(len(keep)):
         if not keep[row]:
             continue
+        own, found = columns[indptr[row] : indptr[row + 1]], values[indptr[row] : indptr[row + 1]]
         row_flags = 0
-        for k in range(indptr[row], indptr[row + 1]):
-            column = columns[k]
-            if column < 0 or column >= len(gene_of):
-                row_flags |= BAD_COLUMN
-                continue
-            gene = gene_of[column]
-            if gene >= 0:
-                sums[gene] += values[k]
-                bits[gene >> 6] |= np.uint64(1) << np.uint64(gene & 63)
-        for word_number in range(len(bits)):
-            word = bits[word_number]
-            if word == 0:
-                continue
-            bits[word_number] = 0
-            while word != 0:
-                low = word & (~word + np.uint64(1))
-                word ^= low
-                gene = word_number * 64 + _BIT[(low * _DE_BRUIJN) >> np.uint64(58)]
-                value = sums[gene]
-                sums[gene] = 0.0
-                if value == 0:
-                    continue
-                if not np.isfinite(value):
-                    row_flags |= NOT_FINITE
-                elif value < 0:
-                    row_flags |= NEGATIVE
-                elif value != np.floor(value):
-                    row_flags |= FRACTIONAL
-                elif value > LARGEST:
-                    row_flags |= TOO_LARGE
-                out_genes[n] = gene
-                out_values[n] = value
-                n += 1
+        n = _copy_ascending(own, found, gene_of, out_genes[begin:], out_values[begin:])
+        if n < 0:
+            n, whole = _scatter(own, found, gene_of, sums, bits, out_genes[begin:], out_values[begin:])
+            row_flags = 0 if whole else BAD_COLUMN
+        row_flags |= _flags(out_values[begin : begin + n])
         if row_flags and (bad_row < 0 or (row_flags & ~FRACTIONAL and not flags & ~FRACTIONAL)):
             bad_row = row
         flags |= row_flags
         row_out += 1
-        out_indptr[row_out] = n
-    return out_indptr, out_genes[:n].copy(), out_values[:n].copy(), flags, bad_row
+        begin += n
+        out_indptr[row_out] = begin
+    return out_indptr, out_genes[:begin], out_values[:begin], flags, bad_row
 
 
 @compiled
@@ -154,19 +199,17 @@ def narrow(values: Any) -> tuple[Any, Any, Any]:
     positions : int64 [overflows]
     large : uint32 [overflows]
     """
+    counts = np.empty(len(values), np.uint8)
     n = 0
     for k in range(len(values)):
+        counts[k] = np.uint8(np.int32(min(values[k], 255)))
         n += values[k] >= 255
-    counts = np.empty(len(values), np.uint8)
     positions = np.empty(n, np.int64)
     large = np.empty(n, np.uint32)
     n = 0
-    for k in range(len(values)):
-        if values[k] >= 255:
-            counts[k] = 255
+    for k in range(len(values) if len(positions) else 0):
+        if counts[k] == 255:
             positions[n] = k
             large[n] = np.uint32(values[k])
             n += 1
-        else:
-            counts[k] = np.uint8(values[k])
     return counts, positions, large

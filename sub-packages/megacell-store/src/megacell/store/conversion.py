@@ -143,7 +143,7 @@ def convert(
     finish : bool
         Commit what the parts made, and make what they did not.
     shard_bytes : int
-        Size at which a shard is full.
+        Size at which a shard is full; little data fill smaller ones, so that several processes find work.
     progress : bool
         Show a progress bar if the terminal can, else a line now and then.
     log : callable, optional

@@ -289,13 +289,12 @@ def _parse(content: dict[str, Any]) -> Manifest:
     )
 
 
+_TEXTS, _COUNTS = ([each.name for each in fields(Source) if each.type is kind] for kind in (str, int))
+
+
 def _source(content: dict[str, Any]) -> Source:
-    known: dict[str, Any] = {}
-    for each in fields(Source):
-        if each.type is str:
-            known[each.name] = _text(content, each.name)
-        elif each.type is int:
-            known[each.name] = _count(content, each.name)
+    known: dict[str, Any] = {name: _text(content, name) for name in _TEXTS}
+    known |= {name: _count(content, name) for name in _COUNTS}
     return Source(**known, subset=content["subset"] is True, notes=tuple(map(str, content["notes"])))
 
 

@@ -32,6 +32,7 @@ Array = np.ndarray[Any, Any]
 PLAN = f"plan{TEMPORARY}"
 GENES, PANELS, HASHES = "genes.parquet", "panels.parquet", "gene_hashes.npy"
 _BYTES_OF = {UMI: 3, FRACTIONAL: 6}  # of one stored value, with a byte's or float32's count and a uint16 gene
+_SHARES, _LEAST = 8, 256 << 20  # little data are cut into so many shards, unless smaller than so many bytes
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def make_plan(
     genes = GeneTable.read(store / before.genes_file) if before else GeneTable()
     first = len(before.sources) if before else 0
     names = name_sources([found.path for found in good], [s.name for s in before.sources] if before else [])
+    shard_bytes = min(shard_bytes, max(_LEAST, sum(map(_bytes_of, good)) // _SHARES))
     with PanelWriter(folder / PANELS, store / before.panels_file if before else None) as panels:
         sources = _number_genes(folder, good, names, genes, panels)
     genes.write(folder / GENES)
@@ -239,9 +241,14 @@ def name_sources(paths: Sequence[Path], taken: Iterable[str] = ()) -> list[str]:
     return names
 
 
+def _bytes_of(found: Inspection) -> int:
+    """Return how many bytes a source's values will take."""
+    return found.values * _BYTES_OF.get(found.kind, 6)
+
+
 def _parts(source: int, found: Inspection, shard_bytes: int) -> list[Part]:
     """Cut a file by rows so that no part fills more than a shard."""
-    size = found.values * _BYTES_OF.get(found.kind, 6)
+    size = _bytes_of(found)
     cuts = np.linspace(0, found.rows, max(1, -(-size // shard_bytes)) + 1).astype(np.int64)
     return [Part(source, int(a), int(b)) for a, b in pairwise(cuts) if b > a]
 
@@ -253,7 +260,7 @@ def _pack(parts: list[list[Part]], inspections: list[Inspection], first: int, sh
     for own in parts:
         for part in own:
             found = inspections[part.source - first]
-            size = found.values * _BYTES_OF.get(found.kind, 6) * (part.stop - part.start) / max(1, found.rows)
+            size = _bytes_of(found) * (part.stop - part.start) / max(1, found.rows)
             if not shards or filled + size > shard_bytes or whole != (found.kind == UMI):
                 shards.append([])
                 filled, whole = 0.0, found.kind == UMI

@@ -2,6 +2,7 @@
 """Asking the system for the pages of cells before they are read: for stores larger than memory."""
 
 import mmap
+import os
 from typing import Any
 
 import numpy as np
@@ -21,33 +22,22 @@ def will_need(shard: Shard, rows: Array) -> int:
     rows : int64 [n]
         Within the shard.
     """
-    if not hasattr(mmap.mmap, "madvise"):
+    if not hasattr(os, "posix_fadvise"):
         return 0
     rows = np.unique(rows)
     starts, stops = shard.indptr[rows], shard.indptr[rows + 1]
     asked = 0
-    for array in (shard.indices, shard.counts):
-        memory, offset = _mapping(array)
-        if memory is None:
-            continue
+    for name, array in (("indices.npy", shard.indices), ("counts.npy", shard.counts)):
+        offset = shard.record.files[name].bytes - array.nbytes  # of the first value within the file
         low = (offset + starts * array.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
         high = offset + stops * array.itemsize
         cuts = np.flatnonzero(low[1:] > np.maximum.accumulate(high)[:-1] + _GAP) + 1
         firsts, lasts = low[np.append(0, cuts)], np.maximum.accumulate(high)[np.append(cuts, len(high)) - 1]
-        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-            length = min(last, len(memory)) - first
-            if length > 0:
-                memory.madvise(mmap.MADV_WILLNEED, first, length)
-                asked += length
+        file = os.open(shard.folder / name, os.O_RDONLY)
+        try:
+            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+                os.posix_fadvise(file, first, last - first, os.POSIX_FADV_WILLNEED)
+                asked += last - first
+        finally:
+            os.close(file)
     return asked
-
-
-def _mapping(array: Array) -> tuple[mmap.mmap | None, int]:
-    """Return the map that an array lies in, and the array's first byte within it."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if not isinstance(base, mmap.mmap):
-        return None, 0
-    whole = np.frombuffer(base, np.uint8)
-    return base, array.ctypes.data - whole.ctypes.data

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One shard's arrays: written narrow, block by block, into a temporary directory; read mapped."""
 
+import io
+import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ OBS = "obs.parquet"
 SHARD_BYTES = 2 << 30  # at which a shard is full
 WIDEN_ABOVE = 0.01  # share of counts over 254 from which a wider type is smaller than the overflow arrays
 _HEADER = 128  # bytes of a .npy header whose length is filled in at the end
+_HEADER_AT_MOST = 1 << 12  # of arrays that others wrote
 _AT_ONCE = 1 << 20  # values a step when counts are widened
 
 
@@ -197,11 +200,15 @@ def map_array(path: Path, record: FileRecord | None) -> np.ndarray[Any, Any]:
         size = path.stat().st_size
         if size != record.bytes:
             raise DataError(f"{path}: {size} bytes, should be {record.bytes}; restore it or convert again")
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with pa.memory_map(str(path)) as file:  # unlike NumPy's maps it keeps no descriptor: stores have thousands
+            content = file.read_buffer()
+        header = io.BytesIO(content[:_HEADER_AT_MOST])
+        np.lib.format.read_magic(header)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        array: np.ndarray[Any, Any] = np.frombuffer(content, dtype, math.prod(shape), header.tell()).reshape(shape)
     except (OSError, ValueError) as error:
         mend = "restore it, convert again, or open the store anew if `compact --prune` removed it"
         raise DataError(f"{path}: cannot be read ({error}); {mend}") from None
     if array.dtype.name != record.dtype or array.shape != record.shape:
         raise DataError(f"{path}: {array.dtype.name} {array.shape}, not as the manifest says; run `megacell verify`")
-    plain: np.ndarray[Any, Any] = array.view(np.ndarray)
-    return plain
+    return array

@@ -144,6 +144,8 @@ def _add(plan: Plan, part: Part, found: Inspection, writer: ShardWriter, edges: 
 
 def _enough(indptr: Array, values: Array, min_counts: float, min_genes: int) -> Array:
     """Return which rows have the counts and genes asked for: bool [rows]."""
+    if min_counts <= 0 and min_genes <= 0:
+        return np.ones(len(indptr) - 1, bool)
     sums = np.concatenate([np.zeros(1), np.cumsum(values, dtype=np.float64)])
     wanted: Array = (np.diff(indptr) >= min_genes) & (np.diff(sums[indptr]) >= min_counts)
     return wanted

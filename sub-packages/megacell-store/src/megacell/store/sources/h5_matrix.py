@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 Block = tuple[int, Array, Array, Array]
 # what h5py and NumPy raise where the bytes of a file lead them astray
 DAMAGE = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError)
-ROWS, VALUES = 1 << 14, 1 << 21  # a block's rows and values at most (one row is never cut)
+ROWS, VALUES = 1 << 14, 1 << 19  # a block's rows and values at most (one row is never cut)
 
 
 class Matrix(ABC):

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from megacell.store.genes import read_id_map
 from megacell.store.recover import recover_rows, tolerances
 from megacell.store.sources.choice import Choice, Settled, choose_counts, reopen_counts, sample
 from megacell.store.sources.container import Container
-from megacell.store.sources.h5_matrix import DAMAGE, ROWS, Matrix, first_line
+from megacell.store.sources.h5_matrix import DAMAGE, ROWS, Block, Matrix, first_line
 from megacell.store.sources.open import open_container
 from megacell.store.species import stated_species
 
@@ -164,7 +165,7 @@ class CellSource:
         choice = self._choice
         gene_of = np.where(choice.features.gene_of >= 0, numbers[choice.features.gene_of], -1).astype(np.int32)
         stop = self.n_cells if stop is None else stop
-        for first, indptr, columns, values in choice.matrix.blocks(start, stop, rows):
+        for first, indptr, columns, values in _ahead(choice.matrix.blocks(start, stop, rows)):
             kept = np.ones(len(indptr) - 1, bool) if keep is None else keep[first : first + len(indptr) - 1]
             if choice.settled.precision is not None:
                 values = self._recovered(first, indptr, values, choice.settled.precision)
@@ -202,6 +203,15 @@ class CellSource:
             raise DataError(f"{place}, cell {first + bad}: no whole counts encode to the stored values; {mend}")
         counts[some] = whole
         return counts
+
+
+def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Yield blocks; while the caller works on one, another thread reads and unpacks the next."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
 
 
 def open_source(
