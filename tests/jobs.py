@@ -9,7 +9,8 @@ import numpy as np
 
 NETWORK = {
     "layers": 2, "hidden": 32, "ffn": 64, "heads": 4, "max_length": 64, "vocabulary_size": 100,
-    "hidden_dropout": 0.0, "attention_dropout": 0.0, "layernorm_epsilon": 1e-12, "init_std": 0.02,
+    "norm": "pre", "activation": "gelu", "tied_head": True, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+    "layernorm_epsilon": 1e-12, "init_std": 0.02, "scaled_init": True,
 }  # fmt: skip
 OPTIONS = {
     "steps": 20, "precision": "fp32",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step: Megatron's DDP, its forward-backward schedule, DistributedOptimizer and learning-rate schedule."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,13 +18,28 @@ from megacell.geneformer.model.bert import Pack, PackedBert
 
 @dataclass
 class StepResult:
-    """What one step did on this rank: loss summed over its masked genes (nats), their number, and the update."""
+    """What one step did on this rank.
+
+    Attributes
+    ----------
+    loss_sum, masked : float, int
+        Loss summed over this rank's masked genes (nats), and their number.
+    grad_norm : float
+        Over all ranks, before clipping; infinite where the gradients overflowed in fp16.
+    lr : float
+        Learning rate of the update.
+    applied : bool
+        False where the gradients overflowed: the update was left out, and the loss scale lowered.
+    loss_scale : float
+        What the next step's loss is multiplied by, so that its gradients fit into fp16; else 1.
+    """
 
     loss_sum: float
     masked: int
     grad_norm: float
     lr: float
     applied: bool
+    loss_scale: float
 
 
 class Engine:
@@ -32,7 +48,7 @@ class Engine:
     Parameters
     ----------
     cfg : DictConfig
-        ``optim``, ``precision`` and ``steps`` of a run.
+        ``optim``, ``parallel.reduce_fp32``, ``precision`` and ``steps`` of a run.
     bert : PackedBert
         With its initial weights.
     """
@@ -40,7 +56,7 @@ class Engine:
     def __init__(self, cfg: DictConfig, bert: PackedBert):
         config = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=cfg.parallel.reduce_fp32,
             overlap_grad_reduce=parallel_state.get_data_parallel_world_size() > 1,
         )
         self.bert = bert
@@ -61,7 +77,9 @@ class Engine:
         loss_sum, masked = self.forward_backward(packs)
         self.scheduler.step(1)  # before the update: the n-th step takes the schedule's n-th rate
         applied, grad_norm, _ = self.optimizer.step()
-        return StepResult(loss_sum, masked, float(grad_norm), self.optimizer.param_groups[0]["lr"], bool(applied))
+        norm = float(grad_norm) if applied else math.inf
+        rate, scale = self.optimizer.param_groups[0]["lr"], float(self.optimizer.get_loss_scale())
+        return StepResult(loss_sum, masked, norm, rate, bool(applied), scale)
 
     def forward_backward(self, packs: list[Pack], *, forward_only: bool = False) -> tuple[float, int]:
         """Run Megatron's schedule; return the loss summed over this rank's masked genes, and their number."""
@@ -90,7 +108,7 @@ def _forward_step(packs, model) -> tuple[torch.Tensor, Callable]:
 
 
 def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
-    optim, bf16 = cfg.optim, cfg.precision == "bf16"
+    optim, dtype = cfg.optim, ddp.module.config.params_dtype
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -100,8 +118,11 @@ def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
         clip_grad=optim.clip,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        initial_loss_scale=optim.initial_loss_scale,
+        loss_scale_window=optim.loss_scale_window,
+        params_dtype=dtype,
         use_distributed_optimizer=True,
     )
     return get_megatron_optimizer(config, [ddp])
@@ -109,13 +130,14 @@ def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
 
 def _scheduler(cfg: DictConfig, optimizer) -> OptimizerParamScheduler:
     optim = cfg.optim
+    warmup, hold = (round(part * cfg.steps) if part < 1 else int(part) for part in (optim.warmup, optim.hold))
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=optim.lr,
         min_lr=optim.min_lr,
-        lr_warmup_steps=round(optim.warmup * cfg.steps) if optim.warmup < 1 else int(optim.warmup),
-        lr_decay_steps=cfg.steps,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=cfg.steps - hold,  # from there on it stays at min_lr
         lr_decay_style=optim.schedule,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,

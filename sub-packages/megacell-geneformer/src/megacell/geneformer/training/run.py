@@ -44,7 +44,7 @@ class Run:
         self.cfg, self.out, self.first = cfg, Path(cfg.out), launch.is_first()
         self.data = TrainingData.open(cfg)
         self.data.stream()  # refuses settings that no batch can be made with, before a folder is
-        self.network = settings.model_config(cfg, self.data.vocabulary.size)
+        self.network, self.layout = settings.model_config(cfg, self.data.vocabulary.size), settings.layout(cfg)
         if cfg.init and not cfg.resume:
             check_fit(self.network, self.data.vocabulary, Path(cfg.init))  # before a folder is made, too
         self.step = 0
