@@ -91,6 +91,9 @@ class PackedBert(LanguageModule):
         self.setup_embeddings_and_output_layer()
         self.to(config.params_dtype)  # norms and positions too, which are plain torch modules
 
+    def set_input_tensor(self, tensor) -> None:
+        """Nothing here: Megatron's schedule would hand over what another pipeline stage computed."""
+
     def encode(self, pack: Pack) -> torch.Tensor:
         """Return the hidden states [T, h] after the final norm."""
         embedded = self.embedding(pack.tokens[None], pack.positions[None])  # [T, 1, h]
