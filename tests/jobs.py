@@ -199,3 +199,30 @@ def tokens_in_a_layer(sequence: bool) -> tuple[int, int]:
         (pack,) = packs(0, 0, 1, micro_batches=1)
         engine.train_step([pack])
         return len(pack.tokens), seen[0]
+
+
+def losses_of_tiny(steps: int, **changes) -> list[float]:
+    """Train `model=tiny` without dropout, and with changes, on cells whose genes stand in order; return mean losses."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from megacell.geneformer.model.bert import Pack
+    from megacell.geneformer.training import device, settings
+
+    tiny = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / "tiny.yaml"))
+    with groups(1):
+        engine = make_engine({**tiny, "vocabulary_size": 500, "hidden_dropout": 0.0, **changes}, {"steps": steps, "optim": {"lr": 1e-3}})
+        losses = []
+        for step in range(steps):
+            draw = np.random.default_rng(step)
+            cells = [np.sort(draw.choice(np.arange(4, 500), 80, replace=False)) for _ in range(16)]
+            tokens, masked = np.concatenate(cells), np.arange(draw.integers(7), 1280, 7)
+            shown = tokens.copy()
+            shown[masked] = 1
+            arrays = shown, np.tile(np.arange(80), 16), np.arange(0, 1281, 80, dtype=np.int32)
+            device.seed_step(0, step)
+            result = engine.train_step(
+                [Pack(*map(torch.from_numpy, arrays), 80, *map(torch.from_numpy, (masked, tokens[masked])))]
+            )
+            losses.append(result.loss_sum / result.masked)
+        return losses

@@ -12,15 +12,12 @@ from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    gather_from_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megacell.geneformer.model.config import Layout, ModelConfig, megatron_config
 from megacell.geneformer.model.layers import LMHead, encoder_parts
+from megacell.geneformer.model.loss import cut_cross_entropy
 
 
 @dataclass
@@ -111,4 +108,4 @@ class PackedBert(LanguageModule):
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy [M], float32, in nats, at the masked positions."""
-        return vocab_parallel_cross_entropy(self.logits(self.encode(pack)[pack.masked]), pack.labels)
+        return cut_cross_entropy(self.logits(self.encode(pack)[pack.masked]), pack.labels, self.tp_group)

@@ -62,7 +62,7 @@ class Engine:
         self.bert = bert
         self.ddp = DistributedDataParallel(bert.config, config, bert)
         self.optimizer = _optimizer(cfg, self.ddp)
-        self.scheduler = _scheduler(cfg, self.optimizer)
+        self.scheduler = schedule(cfg, self.optimizer)
         bert.config.no_sync_func = self.ddp.no_sync
         bert.config.grad_scale_func = self.optimizer.scale_loss
         bert.config.finalize_model_grads_func = finalize_model_grads
@@ -128,7 +128,8 @@ def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
     return get_megatron_optimizer(config, [ddp])
 
 
-def _scheduler(cfg: DictConfig, optimizer) -> OptimizerParamScheduler:
+def schedule(cfg: DictConfig, optimizer) -> OptimizerParamScheduler:
+    """Return what sets the learning rate: warm-up, decay, and the steps held at the lowest rate."""
     optim = cfg.optim
     warmup, hold = (round(part * cfg.steps) if part < 1 else int(part) for part in (optim.warmup, optim.hold))
     return OptimizerParamScheduler(

@@ -46,7 +46,7 @@ def compose(overrides: list[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -54,7 +54,7 @@ def compose(overrides: list[str]) -> DictConfig:
         if cfg.resume:
             cfg = _resumed(cfg, overrides)
         cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    except MissingMandatoryValue as error:
+    except (MissingMandatoryValue, InterpolationKeyError) as error:  # the latter: ${given.…} of an experiment
         raise UsageError(f"{error.full_key}=… must be given") from error
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split()).split(" Config search path:")[0].split(" full_key:")[0]
