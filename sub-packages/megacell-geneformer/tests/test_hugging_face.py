@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megacell.geneformer.embed import hidden_states
 from megacell.geneformer.model.bert import Pack, PackedBert
 from megacell.geneformer.model.config import Layout, ModelConfig
 from megacell.geneformer.model.init import PADDING_BIAS, copy_whole
@@ -135,6 +136,17 @@ def test_logits_equal_hugging_faces(pair, cells):
         expected = reference(padded, attention_mask=real.long()).logits[real]
     assert float(expected.std()) > 0.5
     torch.testing.assert_close(ours[:, :VOCABULARY], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_states_after_each_layer_equal_hugging_faces(pair, cells):
+    network, bert, reference = pair
+    pack, padded, real = cells
+    with torch.no_grad():
+        expected = reference(padded, attention_mask=real.long(), output_hidden_states=True).hidden_states
+    for layer in range(1, network.layers + 1):
+        with device.single_process(), torch.no_grad():
+            states = hidden_states(bert, pack, layer)
+        torch.testing.assert_close(states, expected[layer][real], rtol=1e-5, atol=1e-5)
 
 
 def test_every_gradient_equals_hugging_faces(pair, cells):

@@ -68,6 +68,7 @@ class PackedBert(LanguageModule):
     def __init__(self, model: ModelConfig, layout: Layout):
         config = megatron_config(model, layout)
         super().__init__(config)
+        self.norm = model.norm
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = self.post_process = True  # both ends of the network are here: no pipeline
         self.share_embeddings_and_output_weights = model.tied_head
@@ -100,6 +101,11 @@ class PackedBert(LanguageModule):
         if self.config.sequence_parallel:  # what follows is the same on all ranks, and so is its gradient
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)
+
+    def end_of_layer(self, layer: int) -> torch.nn.Module:
+        """Return the module whose output are the states after layer ``layer`` (from 1, and not the last)."""
+        layers = self.encoder.layers
+        return layers[layer].input_layernorm if self.norm == "post" else layers[layer - 1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the LM head's logits [M, V] for hidden states [M, h]."""
