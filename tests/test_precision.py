@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jobs
+from megacell.geneformer.training import checkpoint
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -58,3 +59,15 @@ def test_sixteen_bits_follow_float32(one_rank, precision, most):
         one = halved[0][name] / (256 if precision == "fp16" else 1)
         distance = np.linalg.norm(one - gradient) / np.linalg.norm(gradient)
         assert distance < most, f"{name}: {distance}"
+
+
+def test_a_run_saved_before_any_gradient_fitted_goes_on_bit_for_bit(one_rank, tmp_path):
+    options = {"optim": {"initial_loss_scale": 2**22}}
+    (whole,) = one_rank.run(
+        jobs.train, 1, 18, folder=str(tmp_path), save_at=2, options=options, precision="fp16"
+    )
+    assert not any(result.applied for result in whole[:2])
+    assert any(result.applied for result in whole[2:])
+    saved, _ = checkpoint.newest(tmp_path)
+    (resumed,) = one_rank.run(jobs.train, 1, 18, load=str(saved), options=options, precision="fp16")
+    assert resumed == whole[2:]

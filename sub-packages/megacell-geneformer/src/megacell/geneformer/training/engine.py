@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from omegaconf import DictConfig
@@ -125,7 +126,18 @@ def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, [ddp])
+    optimizer = get_megatron_optimizer(config, [ddp])
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        _give_state(part)
+    return optimizer
+
+
+def _give_state(part) -> None:
+    """Give Adam its state now: a checkpoint may be due before gradients fit into fp16 and the first update is made."""
+    part.init_state_fn(part.optimizer, part.config)
+    if not HAVE_APEX_OR_TE:  # torch's Adam counts the steps of each parameter
+        for state in part.optimizer.state.values():
+            state["step"] = torch.tensor(0.0)
 
 
 def schedule(cfg: DictConfig, optimizer) -> OptimizerParamScheduler:
