@@ -138,7 +138,13 @@ def losses_and_gradients(tensor: int, *, steps: int = 20, plain: bool = False, *
 
 
 def train(
-    tensor: int, steps: int, *, folder: str | None = None, save_at: int | None = None, load: str | None = None, **choices
+    tensor: int,
+    steps: int,
+    *,
+    folder: str | None = None,
+    save_at: int | None = None,
+    load: str | None = None,
+    **choices,
 ) -> list:
     """Train with dropout, from the start or from a checkpoint, saving one on the way; return this rank's results."""
     from megacell.geneformer.training import checkpoint, device
@@ -211,7 +217,9 @@ def losses_of_tiny(steps: int, **changes) -> list[float]:
 
     tiny = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / "tiny.yaml"))
     with groups(1):
-        engine = make_engine({**tiny, "vocabulary_size": 500, "hidden_dropout": 0.0, **changes}, {"steps": steps, "optim": {"lr": 1e-3}})
+        engine = make_engine(
+            {**tiny, "vocabulary_size": 500, "hidden_dropout": 0.0, **changes}, {"steps": steps, "optim": {"lr": 1e-3}}
+        )
         losses = []
         for step in range(steps):
             draw = np.random.default_rng(step)

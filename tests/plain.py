@@ -5,6 +5,7 @@ import math
 from unittest import mock
 
 import torch
+
 from megacell.geneformer.model import attention
 from megacell.geneformer.model.bert import Pack, PackedBert
 
@@ -18,7 +19,9 @@ class PlainBert(PackedBert):
         real = torch.arange(pack.max_seqlen)[None] < lengths[:, None]  # [cells, longest]
 
         def masked(query, key, value, packed, dropout):
-            q, k, v = (x.unflatten(0, real.shape).transpose(1, 2) for x in (query, key, value))  # [cells, H, longest, D]
+            q, k, v = (
+                x.unflatten(0, real.shape).transpose(1, 2) for x in (query, key, value)
+            )  # [cells, H, longest, D]
             scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~real[:, None, None], -math.inf)
             return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(0, 1)
 

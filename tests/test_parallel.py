@@ -75,7 +75,12 @@ def test_sequence_parallel_ranks_share_out_the_tokens(two_ranks, sequence):
 @pytest.mark.parametrize(
     ("tensor", "layout"),
     [(2, {}), (2, {"sequence": True, "recompute": "full"}), (1, {}), (1, {"precision": "fp16"})],
-    ids=["tensor parallel 2", "tensor and sequence parallel 2, recomputing", "data parallel 2", "data parallel 2, fp16"],
+    ids=[
+        "tensor parallel 2",
+        "tensor and sequence parallel 2, recomputing",
+        "data parallel 2",
+        "data parallel 2, fp16",
+    ],
 )
 def test_a_run_with_dropout_goes_on_from_a_checkpoint_bit_for_bit(two_ranks, tmp_path, tensor, layout):
     options = {"optim": {"initial_loss_scale": 2**16, "loss_scale_window": 4}}  # in fp16 it goes down and up again

@@ -63,9 +63,7 @@ def test_sixteen_bits_follow_float32(one_rank, precision, most):
 
 def test_a_run_saved_before_any_gradient_fitted_goes_on_bit_for_bit(one_rank, tmp_path):
     options = {"optim": {"initial_loss_scale": 2**22}}
-    (whole,) = one_rank.run(
-        jobs.train, 1, 18, folder=str(tmp_path), save_at=2, options=options, precision="fp16"
-    )
+    (whole,) = one_rank.run(jobs.train, 1, 18, folder=str(tmp_path), save_at=2, options=options, precision="fp16")
     assert not any(result.applied for result in whole[:2])
     assert any(result.applied for result in whole[2:])
     saved, _ = checkpoint.newest(tmp_path)

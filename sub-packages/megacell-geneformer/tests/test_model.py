@@ -219,7 +219,9 @@ def test_the_loss_keeps_the_logits_and_a_few_numbers_a_row():
     logits = torch.randn(200, 1000, dtype=torch.bfloat16).requires_grad_() * 1
     keep = lambda tensor: (kept.update({tensor.data_ptr(): tensor}), tensor)[1]  # noqa: E731
     with device.single_process(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = cut_cross_entropy(logits, torch.zeros(200, dtype=int), parallel_state.get_tensor_model_parallel_group())
+        losses = cut_cross_entropy(
+            logits, torch.zeros(200, dtype=int), parallel_state.get_tensor_model_parallel_group()
+        )
         losses.sum().backward()
     assert logits.data_ptr() in kept
     assert sum(tensor.nbytes for tensor in kept.values()) <= logits.nbytes + 200 * 20

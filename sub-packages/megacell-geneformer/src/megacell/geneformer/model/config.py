@@ -147,11 +147,11 @@ def megatron_config(model: ModelConfig, layout: Layout):
     from megatron.core.transformer import TransformerConfig
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[layout.precision]
-    recompute: dict[str, Any] = {
+    ways: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[layout.recompute]
+    }
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -172,5 +172,5 @@ def megatron_config(model: ModelConfig, layout: Layout):
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
-        **recompute,
+        **ways[layout.recompute],
     )
