@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network as it would be without packing: cells padded to the longest, attention under a mask, a head everywhere."""
+"""The network without packing: cells padded to the longest, attention under a mask, a head on every token."""
 
 import math
 from unittest import mock
