@@ -9,12 +9,14 @@ import numpy as np
 
 NETWORK = {
     "layers": 2, "hidden": 32, "ffn": 64, "heads": 4, "max_length": 64, "vocabulary_size": 100,
-    "hidden_dropout": 0.0, "attention_dropout": 0.0, "layernorm_epsilon": 1e-12, "init_std": 0.02,
+    "norm": "pre", "activation": "gelu", "tied_head": True, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+    "layernorm_epsilon": 1e-12, "init_std": 0.02, "scaled_init": True,
 }  # fmt: skip
 OPTIONS = {
-    "steps": 20, "precision": "fp32",
-    "optim": {"lr": 3e-3, "min_lr": 0.0, "schedule": "cosine", "warmup": 2, "weight_decay": 0.01, "beta1": 0.9,
-              "beta2": 0.999, "eps": 1e-8, "clip": 1.0},
+    "steps": 20, "parallel": {"reduce_fp32": True},
+    "optim": {"lr": 3e-3, "min_lr": 0.0, "schedule": "cosine", "warmup": 2, "hold": 0, "weight_decay": 0.01,
+              "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "clip": 1.0, "initial_loss_scale": 1024,
+              "loss_scale_window": 1000},
 }  # fmt: skip
 CELLS = 12  # of a step
 
@@ -35,7 +37,7 @@ def groups(tensor: int) -> Iterator[None]:
 
 
 def packs(step: int, rank: int, ranks: int, micro_batches: int = 2) -> list:
-    """Return rank's share of a made-up step: cells of 5 to 60 tokens, cut into micro-batches."""
+    """Return rank's share of a made-up step: cells of 5 to 60 tokens, cut into micro-batches, an odd pack padded."""
     import torch
 
     from megacell.geneformer.model.bert import Pack
@@ -52,6 +54,8 @@ def packs(step: int, rank: int, ranks: int, micro_batches: int = 2) -> list:
         shown = tokens.copy()
         shown[masked] = 1
         positions = np.concatenate([np.arange(len(cells[c])) for c in part])
+        if len(shown) % 2:
+            shown, positions, starts = np.append(shown, 0), np.append(positions, 0), np.append(starts, len(shown) + 1)
         made.append(
             Pack(*map(torch.from_numpy, (shown, positions, starts.astype(np.int32))), int(np.diff(starts).max()),
                  *map(torch.from_numpy, (masked, tokens[masked])))
@@ -59,21 +63,24 @@ def packs(step: int, rank: int, ranks: int, micro_batches: int = 2) -> list:
     return made
 
 
-def make_engine(dropout: float = 0.0, precision: str = "fp32"):
-    """Return an engine over a small network with its initial weights; the process groups stand."""
+def make_engine(network: dict | None = None, options: dict | None = None, kind: type | None = None, **layout):
+    """Return an engine over a small network with its initial weights; the process groups stand.
+
+    ``network`` and ``options`` hold what is changed of NETWORK and OPTIONS, ``layout`` the values of a ``Layout``.
+    """
     from megatron.core import parallel_state
     from omegaconf import OmegaConf
 
     from megacell.geneformer.model.bert import PackedBert
-    from megacell.geneformer.model.config import ModelConfig
+    from megacell.geneformer.model.config import Layout, ModelConfig
     from megacell.geneformer.model.init import initialise
     from megacell.geneformer.training.engine import Engine
 
-    network = ModelConfig(**{**NETWORK, "hidden_dropout": dropout, "attention_dropout": dropout})
+    sizes = ModelConfig(**{**NETWORK, **(network or {})})
     tensor = parallel_state.get_tensor_model_parallel_world_size()
-    bert = PackedBert(network, tensor_parallel_size=tensor, precision=precision)
-    initialise(bert, network, seed=7)
-    return Engine(OmegaConf.create({**OPTIONS, "precision": precision}), bert)
+    bert = (kind or PackedBert)(sizes, Layout(tensor=tensor, **layout))
+    initialise(bert, sizes, seed=7)
+    return Engine(OmegaConf.merge(OPTIONS, options or {}), bert)
 
 
 def whole_gradients(engine) -> dict[str, np.ndarray]:
@@ -98,19 +105,29 @@ def whole_gradients(engine) -> dict[str, np.ndarray]:
     return found
 
 
-def losses_and_gradients(tensor: int, steps: int = 20) -> tuple[list[float], list[dict[str, np.ndarray]]]:
-    """Train without dropout; return each step's mean loss over all ranks and its reduced gradients."""
+def losses_and_gradients(tensor: int, *, steps: int = 20, plain: bool = False, **choices):
+    """Train; return each step's mean loss over all ranks and its reduced gradients.
+
+    ``plain`` takes the padded network with a head on every token; ``choices`` go to ``make_engine``.
+    """
     import torch
     import torch.distributed as dist
+
+    from megacell.geneformer.training import device
 
     with groups(tensor):
         from megatron.core import parallel_state as state
 
-        engine = make_engine()
+        if plain:
+            from plain import PlainBert
+
+            choices["kind"] = PlainBert
+        engine = make_engine(**choices)
         losses, gradients = [], []
         step_optimizer = engine.optimizer.step
         engine.optimizer.step = lambda: (gradients.append(whole_gradients(engine)), step_optimizer())[1]
         for step in range(steps):
+            device.seed_step(0, step)
             result = engine.train_step(
                 packs(step, state.get_data_parallel_rank(), state.get_data_parallel_world_size())
             )
@@ -120,23 +137,100 @@ def losses_and_gradients(tensor: int, steps: int = 20) -> tuple[list[float], lis
         return losses, gradients
 
 
-def train_with_dropout(
-    tensor: int, steps: int, folder: str | None = None, save_at: int | None = None, load: str | None = None
-) -> list[float]:
-    """Train with dropout, from the start or from a checkpoint, saving one on the way; return this rank's loss sums."""
+def train(
+    tensor: int,
+    steps: int,
+    *,
+    folder: str | None = None,
+    save_at: int | None = None,
+    load: str | None = None,
+    **choices,
+) -> list:
+    """Train with dropout, from the start or from a checkpoint, saving one on the way; return this rank's results."""
     from megacell.geneformer.training import checkpoint, device
 
     with groups(tensor):
         from megatron.core import parallel_state as state
 
-        engine, losses, first = make_engine(dropout=0.1), [], 0
+        choices["network"] = {"hidden_dropout": 0.1, "attention_dropout": 0.1, **choices.get("network", {})}
+        engine, results, first = make_engine(**choices), [], 0
         if load:
             first = checkpoint.load(Path(load), engine.bert, engine.optimizer)["step"]
             engine.scheduler.step(first)
         for step in range(first, steps):
             device.seed_step(0, step)
             rank, ranks = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
-            losses.append(engine.train_step(packs(step, rank, ranks)).loss_sum)
+            results.append(engine.train_step(packs(step, rank, ranks)))
             if step + 1 == save_at:
                 checkpoint.save(Path(folder), save_at, engine.bert, engine.optimizer, {}, keep=2)
+        return results
+
+
+def fp16_from_a_scale_too_large(steps: int, **optim) -> list:
+    """Train in fp16; return each step's result and whether it changed any weight, on this rank or in float32."""
+    from megacell.geneformer.training import device
+
+    with groups(1):
+        engine = make_engine(precision="fp16", options={"steps": 2 * steps, "optim": optim})
+        every = [*engine.bert.parameters(), *engine.optimizer.get_parameters()]
+        seen = []
+        for step in range(steps):
+            before = [parameter.detach().clone() for parameter in every]
+            device.seed_step(0, step)
+            result = engine.train_step(packs(step, 0, 1))
+            seen.append((result, any(not a.equal(b) for a, b in zip(before, every, strict=True))))
+        return seen
+
+
+def dtypes(precision: str, reduce_fp32: bool) -> tuple[set[str], set[str], set[str]]:
+    """Return the types of parameters, of their gradients as they are reduced, and of what the optimizer updates."""
+    with groups(1):
+        engine = make_engine(precision=precision, options={"parallel": {"reduce_fp32": reduce_fp32}})
+        engine.train_step(packs(0, 0, 1))
+        names = lambda tensors: {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}  # noqa: E731
+        parameters = list(engine.bert.parameters())
+        reduced = (parameter.main_grad for parameter in parameters)
+        state = (t for s in engine.optimizer.optimizer.state.values() for k, t in s.items() if k != "step")
+        return names(parameters), names(reduced), names([*engine.optimizer.get_parameters(), *state])
+
+
+def tokens_in_a_layer(sequence: bool) -> tuple[int, int]:
+    """Return a pack's tokens, and those that one of two tensor parallel ranks takes through a layer."""
+    from megacell.geneformer.training import device
+
+    with groups(2):
+        engine, seen = make_engine(sequence=sequence), []
+        engine.bert.encoder.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+        device.seed_step(0, 0)
+        (pack,) = packs(0, 0, 1, micro_batches=1)
+        engine.train_step([pack])
+        return len(pack.tokens), seen[0]
+
+
+def losses_of_tiny(steps: int, **changes) -> list[float]:
+    """Train `model=tiny` without dropout, and with changes, on cells whose genes stand in order; return mean losses."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from megacell.geneformer.model.bert import Pack
+    from megacell.geneformer.training import device, settings
+
+    tiny = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / "tiny.yaml"))
+    with groups(1):
+        engine = make_engine(
+            {**tiny, "vocabulary_size": 500, "hidden_dropout": 0.0, **changes}, {"steps": steps, "optim": {"lr": 1e-3}}
+        )
+        losses = []
+        for step in range(steps):
+            draw = np.random.default_rng(step)
+            cells = [np.sort(draw.choice(np.arange(4, 500), 80, replace=False)) for _ in range(16)]
+            tokens, masked = np.concatenate(cells), np.arange(draw.integers(7), 1280, 7)
+            shown = tokens.copy()
+            shown[masked] = 1
+            arrays = shown, np.tile(np.arange(80), 16), np.arange(0, 1281, 80, dtype=np.int32)
+            device.seed_step(0, step)
+            result = engine.train_step(
+                [Pack(*map(torch.from_numpy, arrays), 80, *map(torch.from_numpy, (masked, tokens[masked])))]
+            )
+            losses.append(result.loss_sum / result.masked)
         return losses

@@ -29,9 +29,9 @@ def _serve(rank: int, world: int, port: int, pipe) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     while (order := pipe.recv()) is not None:
-        job, args = order
+        job, args, options = order
         try:
-            pipe.send((True, job(*args)))
+            pipe.send((True, job(*args, **options)))
         except BaseException:  # the test shows it, whatever it is
             pipe.send((False, traceback.format_exc()))
     dist.destroy_process_group()
@@ -50,10 +50,10 @@ class Ranks:
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def run(self, job: Callable, *args: Any) -> list[Any]:
-        """Return ``job(*args)`` of every rank; AssertionError with the traceback of the one that failed."""
+    def run(self, job: Callable, *args: Any, **options: Any) -> list[Any]:
+        """Return ``job(*args, **options)`` of every rank; AssertionError with the traceback of the one that failed."""
         for pipe in self.pipes:
-            pipe.send((job, args))
+            pipe.send((job, args, options))
         answers = []
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(WAIT), f"rank {rank} gave no answer within {WAIT} s"

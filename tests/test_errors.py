@@ -241,6 +241,23 @@ PRETRAIN = {
     "fewer ranks than tensor parallel": (("{both}", "parallel.tensor=2"), ("parallel.tensor=2", "1 rank", "devices=2")),
     "fewer cells in a step than ranks": (("{both}", "devices=2", "batch.cells=1"), ("batch.cells=1", "raise it")),
     "packs that hold no cell": (("{both}", "batch.tokens=100"), ("batch.tokens=100", "max_length")),
+    "pipeline parallelism": (
+        ("{both}", "parallel.pipeline=2", "devices=2"), ("parallel.pipeline=2", "not offered", "parallel.tensor"),
+    ),
+    "context parallelism": (
+        ("{both}", "parallel.context=2", "devices=2"), ("parallel.context=2", "not offered", "parallel.sequence"),
+    ),
+    "an unknown way to recompute": (("{both}", "parallel.recompute=some"), ("recompute=some", "selective, full")),
+    "a switch that is neither on nor off": (("{both}", "parallel.sequence=2"), ("sequence=2", "true or false")),
+    "an unknown place of the norms": (("{both}", "model.norm=middle"), ("model.norm=middle", "pre, post")),
+    "an unknown activation": (("{both}", "model.activation=silu"), ("model.activation=silu", "gelu, relu")),
+    "a schedule without a decay": (
+        ("{both}", "steps=100", "optim.warmup=0.5", "optim.hold=50"), ("warmup=0.5", "hold=50", "steps=100"),
+    ),
+    "no loss scale": (("{both}", "optim.initial_loss_scale=0"), ("initial_loss_scale=0", "at least 1")),
+    "an experiment without what was not published": (
+        ("{both}", "experiment=geneformer_v2_38m"), ("steps=", "must be given"),
+    ),
     "nothing to resume": (("{both}", "resume=true"), ("no run to resume", "resume=true")),
 }  # fmt: skip
 

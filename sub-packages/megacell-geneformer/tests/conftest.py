@@ -162,8 +162,9 @@ def model_for():
 
     def make(vocabulary, provenance=None, **sizes):
         network = {"layers": 3, "hidden": 32, "ffn": 64, "heads": 4, "max_length": vocabulary.max_length,
-                   "vocabulary_size": vocabulary.size, "hidden_dropout": 0.1, "attention_dropout": 0.1,
-                   "layernorm_epsilon": 1e-12, "init_std": 0.3, **sizes}  # fmt: skip
+                   "vocabulary_size": vocabulary.size, "norm": "pre", "activation": "gelu", "tied_head": True,
+                   "hidden_dropout": 0.1, "attention_dropout": 0.1, "layernorm_epsilon": 1e-12, "init_std": 0.3,
+                   "scaled_init": True, **sizes}  # fmt: skip
         cfg = {"network": network, "precision": "fp32", "vocabulary": vocabulary.hash, "provenance": provenance or {}}
         model = GeneformerModel(OmegaConf.create(cfg))
         initialise(model.bert, ModelConfig.of(network), seed=5)

@@ -7,11 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megacell.geneformer.model import attention
-from megacell.geneformer.model.bert import Pack
+from megacell.geneformer.model.bert import Pack, PackedBert
+from megacell.geneformer.model.config import Layout, ModelConfig
 from megacell.geneformer.model.init import PADDING_BIAS
+from megacell.geneformer.model.loss import cut_cross_entropy
 from megacell.geneformer.training import device
 
 LENGTHS = (1, 7, 40, 2, 19)
@@ -187,3 +190,56 @@ def test_the_order_of_a_cells_genes_matters(model, pack):
     with device.single_process(), torch.no_grad():
         one, other = (model.bert.encode(pack_of([c], none, none)).mean(0) for c in (cell, cell[::-1].copy()))
     assert float((one - other).norm() / one.norm()) > 0.01
+
+
+# the loss, and what is kept for the backward pass
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 150], ids=lambda n: f"{n} masked genes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_and_its_gradient_equal_cross_entropy_in_float64(rows, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(rows, 300, generator=generator)).to(dtype)
+    labels, weights = torch.randint(300, (rows,), generator=generator), torch.rand(rows, generator=generator)
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    (expected * weights).sum().backward()
+    ours = logits.clone().requires_grad_()
+    with device.single_process():
+        losses = cut_cross_entropy(ours * 1, labels, parallel_state.get_tensor_model_parallel_group())
+        (losses * weights).sum().backward()
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+    assert ours.grad.dtype == dtype
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=0, atol=max(1e-6, torch.finfo(dtype).eps))
+
+
+def test_the_loss_keeps_the_logits_and_a_few_numbers_a_row():
+    kept = {}
+    logits = torch.randn(200, 1000, dtype=torch.bfloat16).requires_grad_() * 1
+    keep = lambda tensor: (kept.update({tensor.data_ptr(): tensor}), tensor)[1]  # noqa: E731
+    with device.single_process(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = cut_cross_entropy(
+            logits, torch.zeros(200, dtype=int), parallel_state.get_tensor_model_parallel_group()
+        )
+        losses.sum().backward()
+    assert logits.data_ptr() in kept
+    assert sum(tensor.nbytes for tensor in kept.values()) <= logits.nbytes + 200 * 20
+
+
+@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("selective", 2), ("full", 2)])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_recomputing_runs_attention_again_in_the_backward_pass(norm, recompute, times, pack, monkeypatch):
+    calls = []
+    attend = attention.BACKENDS["sequences"]
+    monkeypatch.setitem(attention.BACKENDS, "sequences", lambda *a: (calls.append(1), attend(*a))[1])
+    sizes = {"layers": 3, "hidden": 32, "ffn": 64, "heads": 4, "max_length": 64, "vocabulary_size": 104}
+    options = {"norm": norm, "activation": "gelu", "tied_head": True, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+               "layernorm_epsilon": 1e-12, "init_std": 0.02, "scaled_init": True}  # fmt: skip
+    with device.single_process():
+        bert = PackedBert(ModelConfig(**sizes, **options), Layout(recompute=recompute))
+        device.seed_step(0, 0)
+        losses = bert(pack)
+        assert len(calls) == 3
+        losses.sum().backward()
+    assert len(calls) == 3 * times

@@ -111,7 +111,7 @@ def stock_megatron(cfg: DictConfig, vocabulary_size: int) -> Step:
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel
 
-    from megacell.geneformer.model.config import megatron_config
+    from megacell.geneformer.model.config import Layout, megatron_config
     from megacell.geneformer.training.engine import Engine
 
     sizes = settings.model_config(cfg, vocabulary_size)
@@ -123,7 +123,7 @@ def stock_megatron(cfg: DictConfig, vocabulary_size: int) -> Step:
             return loss[chosen]
 
     bert = StockBert(
-        config=megatron_config(sizes, precision=cfg.precision),
+        config=megatron_config(sizes, Layout(precision=cfg.precision)),
         num_tokentypes=0,
         transformer_layer_spec=bert_layer_local_spec,
         vocab_size=sizes.padded_vocabulary,
@@ -132,9 +132,7 @@ def stock_megatron(cfg: DictConfig, vocabulary_size: int) -> Step:
         parallel_output=True,
         add_binary_head=False,
     )
-    if cfg.precision == "bf16":
-        bert.bfloat16()
-    engine = Engine(cfg, bert.to(device.device()))
+    engine = Engine(cfg, bert.to(device.device(), bert.config.params_dtype))
     bert.train()
     steps = itertools.count()
 

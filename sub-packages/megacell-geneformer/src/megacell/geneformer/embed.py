@@ -113,13 +113,14 @@ def hidden_states(bert: Any, pack: Pack, layer: int) -> torch.Tensor:
     """Return the hidden states [T, h] after layer ``layer`` (from 1); after the last one, behind the final norm."""
     if layer == len(bert.encoder.layers):
         return bert.encode(pack)
-    kept: list[torch.Tensor] = []
-    hook = bert.encoder.layers[layer - 1].register_forward_hook(lambda module, inputs, output: kept.append(output[0]))
+    kept: list[torch.Tensor | tuple[torch.Tensor, None]] = []
+    hook = bert.end_of_layer(layer).register_forward_hook(lambda module, inputs, output: kept.append(output))
     try:
         bert.encode(pack)
     finally:
         hook.remove()
-    return kept[0].squeeze(1)
+    states = kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0]
+    return states.squeeze(1)
 
 
 def _layer_number(layer: str | int, layers: int) -> int:

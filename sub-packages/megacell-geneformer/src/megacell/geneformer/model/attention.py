@@ -75,9 +75,9 @@ class PackedAttention(MegatronModule):
         """
         dropout = self.dropout if self.training else 0.0
         attend = BACKENDS[choose_backend(query.device, query.dtype, dropout)]
-        if dropout:
+        if dropout and not self.config.sequence_parallel:  # under it the whole encoder is inside of such a fork
             with get_cuda_rng_tracker().fork():  # each tensor parallel rank drops in its own heads
                 out = attend(query, key, value, packed_seq_params, dropout)
         else:
-            out = attend(query, key, value, packed_seq_params, 0.0)
+            out = attend(query, key, value, packed_seq_params, dropout)
         return out.reshape(out.shape[0], -1)

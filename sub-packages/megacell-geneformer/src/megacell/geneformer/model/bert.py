@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron-core's BERT over packed cells, with the LM head only where a gene was masked.
+"""BERT over packed cells from Megatron-core's parts, with the LM head only where a gene was masked.
 
 Shapes: T tokens of the pack, M masked positions, V rows of this rank's part of the vocabulary, h hidden size.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
-from megatron.core import tensor_parallel
-from megatron.core.models.bert.bert_model import BertModel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megacell.geneformer.model.config import ModelConfig, megatron_config
-from megacell.geneformer.model.layers import layer_spec
+from megacell.geneformer.model.config import Layout, ModelConfig, megatron_config
+from megacell.geneformer.model.layers import LMHead, encoder_parts
+from megacell.geneformer.model.loss import cut_cross_entropy
 
 
 @dataclass
@@ -47,47 +52,66 @@ class Pack:
         )  # fmt: skip
 
 
-class PackedBert(BertModel):
+class PackedBert(LanguageModule):
     """Geneformer's network: one pack in, one loss a masked gene out.
+
+    Its parts have the names of Megatron-core's ``BertModel``, which knows neither packs nor post-LN, and whose head
+    would work on every token and on this rank's tokens only.
 
     Parameters
     ----------
     model : ModelConfig
-    tensor_parallel_size : int
-        As the process groups stand.
-    precision : {"fp32", "bf16"}
+    layout : Layout
+        As the process groups stand. Under sequence parallelism T must divide into the tensor parallel ranks.
     """
 
-    def __init__(self, model: ModelConfig, *, tensor_parallel_size: int = 1, precision: str = "fp32"):
-        super().__init__(
-            config=megatron_config(model, tensor_parallel=tensor_parallel_size, precision=precision),
-            num_tokentypes=0,
-            transformer_layer_spec=layer_spec(),
-            vocab_size=model.padded_vocabulary,
-            max_sequence_length=model.max_length,
-            share_embeddings_and_output_weights=True,
-            parallel_output=True,
-            add_binary_head=False,
+    def __init__(self, model: ModelConfig, layout: Layout):
+        config = megatron_config(model, layout)
+        super().__init__(config)
+        self.norm = model.norm
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = self.post_process = True  # both ends of the network are here: no pipeline
+        self.share_embeddings_and_output_weights = model.tied_head
+        self.embedding = LanguageModelEmbedding(config, model.padded_vocabulary, model.max_length)
+        if model.norm == "post":
+            self.embedding.embedding_dropout.p = 0.0  # the first layer drops out, after its norm
+        self.encoder = TransformerBlock(config, encoder_parts(model))
+        whole = copy.copy(config)  # each rank sees all masked positions: here nothing is sequence parallel
+        whole.sequence_parallel = False
+        self.lm_head = LMHead(whole)
+        self.output_layer = ColumnParallelLinear(
+            model.hidden,
+            model.padded_vocabulary,
+            config=whole,
+            init_method=config.init_method,
+            skip_weight_param_allocation=model.tied_head,
         )
-        if precision == "bf16":
-            self.bfloat16()  # norms and positions too, which are plain torch modules
+        self.setup_embeddings_and_output_layer()
+        self.to(config.params_dtype)  # norms and positions too, which are plain torch modules
 
-    def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
-        return "b1ss"  # unused: the parent raises for any attention but its own where Transformer Engine is absent
+    def set_input_tensor(self, tensor) -> None:
+        """Nothing here: Megatron's schedule would hand over what another pipeline stage computed."""
 
     def encode(self, pack: Pack) -> torch.Tensor:
         """Return the hidden states [T, h] after the final norm."""
         embedded = self.embedding(pack.tokens[None], pack.positions[None])  # [T, 1, h]
         bounds, longest = pack.cu_seqlens, pack.max_seqlen
         packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
-        return self.encoder(embedded, attention_mask=None, packed_seq_params=packed).squeeze(1)
+        hidden = self.encoder(embedded, attention_mask=None, packed_seq_params=packed)
+        if self.config.sequence_parallel:  # what follows is the same on all ranks, and so is its gradient
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden.squeeze(1)
+
+    def end_of_layer(self, layer: int) -> torch.nn.Module:
+        """Return the module whose output are the states after layer ``layer`` (from 1, and not the last)."""
+        layers = self.encoder.layers
+        return layers[layer].input_layernorm if self.norm == "post" else layers[layer - 1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the LM head's logits [M, V] for hidden states [M, h]."""
-        transformed = self.lm_head(hidden[:, None])
-        return self.output_layer(transformed, weight=self.shared_embedding_or_output_weight())[0].squeeze(1)
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(self.lm_head(hidden), weight=tied)[0]
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy [M], float32, in nats, at the masked positions."""
-        logits = self.logits(self.encode(pack)[pack.masked])
-        return tensor_parallel.vocab_parallel_cross_entropy(logits, pack.labels)
+        return cut_cross_entropy(self.logits(self.encode(pack)[pack.masked]), pack.labels, self.tp_group)

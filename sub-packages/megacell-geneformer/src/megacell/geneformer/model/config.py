@@ -7,7 +7,10 @@ from typing import Any
 from megacell.store.errors import UsageError
 
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are padded to it, whatever the tensor parallel size
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
+NORMS = ("pre", "post")
+ACTIVATIONS = ("gelu", "relu")
+RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,19 @@ class ModelConfig:
         Most tokens of one cell, specials included; also the number of learned positions.
     vocabulary_size : int
         Tokens of the vocabulary, specials included, before padding.
+    norm : {"pre", "post"}
+        Where LayerNorm stands: before attention and feed-forward layer (Megatron's BERT), or after the residual
+        sums and after the embeddings (the BERT of Hugging Face's Geneformers).
+    activation : {"gelu", "relu"}
+        Of the feed-forward layers and of the LM head; GELU is the exact one.
+    tied_head : bool
+        The LM head's decoder is the token embedding; else a matrix of its own.
     hidden_dropout, attention_dropout : float
     layernorm_epsilon : float
     init_std : float
-        Standard deviation of the normal weights at the start (output projections: divided by sqrt(2 layers)).
+        Standard deviation of the normal weights at the start.
+    scaled_init : bool
+        Divide it by sqrt(2 layers) for the output projections, as Megatron does; else it is one for all, as in BERT.
 
     Raises
     ------
@@ -39,10 +51,14 @@ class ModelConfig:
     heads: int
     max_length: int
     vocabulary_size: int
+    norm: str
+    activation: str
+    tied_head: bool
     hidden_dropout: float
     attention_dropout: float
     layernorm_epsilon: float
     init_std: float
+    scaled_init: bool
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "max_length", "vocabulary_size"):
@@ -51,6 +67,12 @@ class ModelConfig:
         for name in ("hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_std"):
             if not isinstance(value := getattr(self, name), int | float):
                 raise UsageError(f"model.{name}={value}: must be a number")
+        for name, choices in (("norm", NORMS), ("activation", ACTIVATIONS)):
+            if (value := getattr(self, name)) not in choices:
+                raise UsageError(f"model.{name}={value}: choose one of {', '.join(choices)}")
+        for name in ("tied_head", "scaled_init"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UsageError(f"model.{name}={value}: must be true or false")
         if self.hidden % self.heads:
             raise UsageError(f"model.hidden={self.hidden} does not divide into model.heads={self.heads}: change one")
         if not 0 <= self.hidden_dropout < 1 or not 0 <= self.attention_dropout < 1:
@@ -84,22 +106,52 @@ class ModelConfig:
                 )
 
 
-def megatron_config(model: ModelConfig, *, tensor_parallel: int = 1, precision: str = "fp32"):
-    """Translate into Megatron-core's ``TransformerConfig``.
+@dataclass(frozen=True)
+class Layout:
+    """How a network is run; what it computes does not depend on it, but for rounding.
 
     Parameters
     ----------
-    model : ModelConfig
-    tensor_parallel : int
-    precision : {"fp32", "bf16"}
-        Of the parameters and activations; the optimizer's own copy is float32 in either case.
+    tensor : int
+        Tensor parallel ranks that one copy is cut over.
+    sequence : bool
+        Between the cut layers each of these ranks works on its own part of the tokens; needs ``tensor`` above 1.
+    recompute : {"none", "selective", "full"}
+        What is computed again in the backward pass, to save memory: nothing, attention, or whole layers.
+    precision : {"fp32", "bf16", "fp16"}
+        Of parameters and activations; the optimizer's own copy is float32 in any case.
+
+    Raises
+    ------
+    UsageError
+        For a value that is none of these.
     """
+
+    tensor: int = 1
+    sequence: bool = False
+    recompute: str = "none"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision={self.precision}: choose one of {', '.join(PRECISIONS)}")
+        if self.recompute not in RECOMPUTE:
+            raise UsageError(f"parallel.recompute={self.recompute}: choose one of {', '.join(RECOMPUTE)}")
+        if self.sequence and self.tensor < 2:
+            raise UsageError("sequence parallelism shares tokens among tensor parallel ranks, of which there is one")
+
+
+def megatron_config(model: ModelConfig, layout: Layout):
+    """Translate into Megatron-core's ``TransformerConfig``."""
     import torch
     from megatron.core.transformer import TransformerConfig
 
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision={precision}: choose one of {', '.join(PRECISIONS)}")
-    bf16 = precision == "bf16"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[layout.precision]
+    ways: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -108,15 +160,17 @@ def megatron_config(model: ModelConfig, *, tensor_parallel: int = 1, precision: 
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         layernorm_epsilon=model.layernorm_epsilon,
-        init_method_std=model.init_std,
-        activation_func=torch.nn.functional.gelu,
-        tensor_model_parallel_size=tensor_parallel,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        autocast_dtype=torch.bfloat16 if bf16 else torch.float32,
+        activation_func=getattr(torch.nn.functional, model.activation),
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.sequence,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+        autocast_dtype=dtype,
         use_cpu_initialization=True,
         perform_initialization=True,  # sets the tensor parallel attributes; model.init then fills the weights by name
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
+        **ways[layout.recompute],
     )

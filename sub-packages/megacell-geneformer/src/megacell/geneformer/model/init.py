@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megacell.geneformer.model.config import ModelConfig
 
 PADDING_BIAS = -1e4  # keeps the padded rows of the vocabulary out of every softmax; their gradient is exactly zero
-SCALED = ("linear_proj.weight", "linear_fc2.weight")  # output projections, scaled by depth as Megatron and GPT-2 do
+SCALED = ("linear_proj.weight", "linear_fc2.weight")  # output projections
 
 
 def _cut(parameter: torch.nn.Parameter) -> int | None:
@@ -56,7 +56,7 @@ def initialise(bert: torch.nn.Module, model: ModelConfig, seed: int, head_bias: 
         else:
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-            scale = 1 / math.sqrt(2 * model.layers) if name.endswith(SCALED) else 1.0
+            scale = 1 / math.sqrt(2 * model.layers) if model.scaled_init and name.endswith(SCALED) else 1.0
             whole = torch.empty(shape).normal_(0.0, model.init_std * scale, generator=generator)
         with torch.no_grad():
             parameter.copy_(_own_part(parameter, whole))

@@ -1,15 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules make up one transformer layer: Megatron-core's own, with our packed attention in its slot."""
+"""What Megatron-core's encoder is made of here: its own cut layers, our packed attention and norms, pre-LN or post-LN.
+
+Shapes: T tokens that this rank works on, h hidden size.
+"""
 
 import copy
 
+import torch
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.transformer import TransformerConfig, TransformerLayer
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-def layer_spec():
-    """Return the pre-LN layer as a Megatron-core ``ModuleSpec``."""
-    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megacell.geneformer.model.attention import PackedAttention
+from megacell.geneformer.model.config import ModelConfig
 
-    from megacell.geneformer.model.attention import PackedAttention
 
+class Norm(torch.nn.LayerNorm):
+    """LayerNorm as Megatron-core builds it; under sequence parallelism its gradients are summed over the ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__(hidden_size, eps=eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class PostNormLayer(TransformerLayer):
+    """BERT's post-LN layer under the names of the pre-LN one, with every norm moved on by one place.
+
+    ``input_layernorm`` is the norm that ends the layer before, and in the first layer that of the embeddings, after
+    which they are dropped out; ``pre_mlp_layernorm`` ends attention; the encoder's final norm ends the last layer.
+    What a norm gives is both the input and the residual of what follows.
+    """
+
+    def forward(self, hidden_states, attention_mask=None, packed_seq_params=None, **kwargs):
+        """Return ([T, 1, h], None), as Megatron's layer does."""
+        config, training = self.config, self.training
+        normed = self.input_layernorm(hidden_states)
+        if self.layer_number == 1:
+            normed = torch.nn.functional.dropout(normed, self.hidden_dropout, training)
+        attended = self.self_attention(normed, attention_mask=attention_mask, packed_seq_params=packed_seq_params)
+        summed = self.self_attn_bda(training, config.bias_dropout_fusion)(attended, normed, self.hidden_dropout)
+        normed = self.pre_mlp_layernorm(summed)
+        return self.mlp_bda(training, config.bias_dropout_fusion)(self.mlp(normed), normed, self.hidden_dropout), None
+
+
+class LMHead(MegatronModule):
+    """What stands before the decoder: dense, activation, LayerNorm; whole on every rank, never sequence parallel."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, dtype=config.params_dtype)
+        self.layer_norm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, hidden):
+        """Return [M, h] for hidden states [M, h]."""
+        return self.layer_norm(self.config.activation_func(self.dense(hidden)))
+
+
+def encoder_parts(model: ModelConfig) -> TransformerBlockSubmodules:
+    """Return the layers and the final norm that Megatron-core's ``TransformerBlock`` is to build."""
     spec = copy.deepcopy(bert_layer_local_spec)
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    return spec
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    parts.self_attention.submodules.core_attention = PackedAttention
+    if model.norm == "post":
+        spec.module = PostNormLayer
+    return TransformerBlockSubmodules(layer_specs=[spec] * model.layers, layer_norm=Norm)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where Megatron-core runs: its CUDA calls answered on the CPU where there is no GPU, process groups, random state.
 
-Megatron names "cuda" in factory calls and asks ``torch.cuda`` for its device. Inside ``megatron()`` these are answered
-for the CPU, so that the code path of a GPU is the one that is tested without one; outside of it nothing is changed.
+Megatron names "cuda" in factory calls, asks ``torch.cuda`` for its device and keeps random states of it. Inside
+``megatron()`` these are answered for the CPU, so that the code path of a GPU is the one that is tested without one;
+outside of it nothing is changed.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ _NOISE = (  # said by Megatron and torch at every start, and nothing that a user
     "Transformer Engine and Apex are not installed",
     "full scope is deprecated",
     "When using async grad allreduce",
+    "When using sequence parallelism",
     r"`torch.distributed\.\w+` is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf",
     "Converting a tensor with requires_grad=True",
@@ -65,17 +67,32 @@ class _CudaOnCpu(TorchFunctionMode):
         return result
 
 
+def _redirect_random_state(stack: contextlib.ExitStack) -> None:
+    """Have Megatron's tracker of random states, and with it recomputation, keep those of the CPU's generator."""
+    from megatron.core.tensor_parallel import random
+
+    get, put = lambda *_, **__: torch.get_rng_state(), lambda state, *_, **__: torch.set_rng_state(state)
+    stack.enter_context(mock.patch.object(random, "_get_cuda_rng_state", get))
+    stack.enter_context(mock.patch.object(random, "_set_cuda_rng_state", put))
+    stack.enter_context(mock.patch("torch.cuda.get_rng_state", get))
+    stack.enter_context(mock.patch("torch.cuda.manual_seed", torch.manual_seed))
+    log = logging.getLogger(random.__name__)  # it warns that the CPU's state has changed
+    stack.callback(log.setLevel, log.level)
+    log.setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def megatron() -> Iterator[None]:
     """Run Megatron-core's code inside on this machine's device; on a machine with a GPU it changes nothing."""
     with contextlib.ExitStack() as stack:
-        if not torch.cuda.is_available():
-            stack.enter_context(mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")))
-            stack.enter_context(mock.patch("torch.cuda.synchronize", return_value=None))
-            stack.enter_context(_CudaOnCpu())
         stack.enter_context(warnings.catch_warnings())
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
+        if not torch.cuda.is_available():
+            stack.enter_context(mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")))
+            stack.enter_context(mock.patch("torch.cuda.synchronize", return_value=None))
+            _redirect_random_state(stack)
+            stack.enter_context(_CudaOnCpu())
         yield
 
 
@@ -92,23 +109,6 @@ def single_process() -> Iterator[None]:
         yield
 
 
-class _CpuTracker:
-    """Megatron's tracker of the tensor parallel random state, over the CPU's generator."""
-
-    def __init__(self) -> None:
-        self.state = torch.get_rng_state()
-
-    @contextlib.contextmanager
-    def fork(self, name: str | None = None) -> Iterator[None]:
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self.state)
-        try:
-            yield
-        finally:
-            self.state = torch.get_rng_state()
-            torch.set_rng_state(outside)
-
-
 def _key(*words: object) -> int:
     digest = hashlib.sha256(":".join(map(str, words)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 2  # torch takes 63 bits, and Megatron adds to it
@@ -117,20 +117,15 @@ def _key(*words: object) -> int:
 def seed_step(seed: int, step: int) -> None:
     """Set the random state (dropout) as a function of (seed, step, rank), so that no state has to be saved.
 
-    Ranks of one tensor parallel group share the state outside of attention, where they hold copies of the same
-    activations, and differ inside of it, where each has heads of its own.
+    Ranks of one tensor parallel group share the state where they hold copies of the same activations, and differ
+    where each has a part of its own: the heads of attention, and all tokens' states under sequence parallelism.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
 
     copies = _key(seed, step, "data", parallel_state.get_data_parallel_rank())
     heads = _key(copies, "tensor", parallel_state.get_tensor_model_parallel_rank())
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(copies)
-        tracker = random.get_cuda_rng_tracker()
-        tracker.reset()
-        tracker.add(random._MODEL_PARALLEL_RNG_TRACKER_NAME, heads)
-        return
-    torch.manual_seed(heads)
-    random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = _CpuTracker(), True
-    torch.manual_seed(copies)
+    torch.cuda.manual_seed(copies)
+    tracker = random.get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add(random._MODEL_PARALLEL_RNG_TRACKER_NAME, heads)

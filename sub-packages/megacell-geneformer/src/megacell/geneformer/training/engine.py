@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step: Megatron's DDP, its forward-backward schedule, DistributedOptimizer and learning-rate schedule."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from omegaconf import DictConfig
@@ -17,13 +19,28 @@ from megacell.geneformer.model.bert import Pack, PackedBert
 
 @dataclass
 class StepResult:
-    """What one step did on this rank: loss summed over its masked genes (nats), their number, and the update."""
+    """What one step did on this rank.
+
+    Attributes
+    ----------
+    loss_sum, masked : float, int
+        Loss summed over this rank's masked genes (nats), and their number.
+    grad_norm : float
+        Over all ranks, before clipping; infinite where the gradients overflowed in fp16.
+    lr : float
+        Learning rate of the update.
+    applied : bool
+        False where the gradients overflowed: the update was left out, and the loss scale lowered.
+    loss_scale : float
+        What the next step's loss is multiplied by, so that its gradients fit into fp16; else 1.
+    """
 
     loss_sum: float
     masked: int
     grad_norm: float
     lr: float
     applied: bool
+    loss_scale: float
 
 
 class Engine:
@@ -32,7 +49,7 @@ class Engine:
     Parameters
     ----------
     cfg : DictConfig
-        ``optim``, ``precision`` and ``steps`` of a run.
+        ``optim``, ``parallel.reduce_fp32``, ``precision`` and ``steps`` of a run.
     bert : PackedBert
         With its initial weights.
     """
@@ -40,13 +57,13 @@ class Engine:
     def __init__(self, cfg: DictConfig, bert: PackedBert):
         config = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=cfg.parallel.reduce_fp32,
             overlap_grad_reduce=parallel_state.get_data_parallel_world_size() > 1,
         )
         self.bert = bert
         self.ddp = DistributedDataParallel(bert.config, config, bert)
         self.optimizer = _optimizer(cfg, self.ddp)
-        self.scheduler = _scheduler(cfg, self.optimizer)
+        self.scheduler = schedule(cfg, self.optimizer)
         bert.config.no_sync_func = self.ddp.no_sync
         bert.config.grad_scale_func = self.optimizer.scale_loss
         bert.config.finalize_model_grads_func = finalize_model_grads
@@ -61,7 +78,9 @@ class Engine:
         loss_sum, masked = self.forward_backward(packs)
         self.scheduler.step(1)  # before the update: the n-th step takes the schedule's n-th rate
         applied, grad_norm, _ = self.optimizer.step()
-        return StepResult(loss_sum, masked, float(grad_norm), self.optimizer.param_groups[0]["lr"], bool(applied))
+        norm = float(grad_norm) if applied else math.inf
+        rate, scale = self.optimizer.param_groups[0]["lr"], float(self.optimizer.get_loss_scale())
+        return StepResult(loss_sum, masked, norm, rate, bool(applied), scale)
 
     def forward_backward(self, packs: list[Pack], *, forward_only: bool = False) -> tuple[float, int]:
         """Run Megatron's schedule; return the loss summed over this rank's masked genes, and their number."""
@@ -90,7 +109,7 @@ def _forward_step(packs, model) -> tuple[torch.Tensor, Callable]:
 
 
 def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
-    optim, bf16 = cfg.optim, cfg.precision == "bf16"
+    optim, dtype = cfg.optim, ddp.module.config.params_dtype
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -100,22 +119,38 @@ def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
         clip_grad=optim.clip,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        initial_loss_scale=optim.initial_loss_scale,
+        loss_scale_window=optim.loss_scale_window,
+        params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, [ddp])
+    optimizer = get_megatron_optimizer(config, [ddp])
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        _give_state(part)
+    return optimizer
 
 
-def _scheduler(cfg: DictConfig, optimizer) -> OptimizerParamScheduler:
+def _give_state(part) -> None:
+    """Give Adam its state now: a checkpoint may be due before gradients fit into fp16 and the first update is made."""
+    part.init_state_fn(part.optimizer, part.config)
+    if not HAVE_APEX_OR_TE:  # torch's Adam counts the steps of each parameter
+        for state in part.optimizer.state.values():
+            state["step"] = torch.tensor(0.0)
+
+
+def schedule(cfg: DictConfig, optimizer) -> OptimizerParamScheduler:
+    """Return what sets the learning rate: warm-up, decay, and the steps held at the lowest rate."""
     optim = cfg.optim
+    warmup, hold = (round(part * cfg.steps) if part < 1 else int(part) for part in (optim.warmup, optim.hold))
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=optim.lr,
         min_lr=optim.min_lr,
-        lr_warmup_steps=round(optim.warmup * cfg.steps) if optim.warmup < 1 else int(optim.warmup),
-        lr_decay_steps=cfg.steps,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=cfg.steps - hold,  # from there on it stays at min_lr
         lr_decay_style=optim.schedule,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,

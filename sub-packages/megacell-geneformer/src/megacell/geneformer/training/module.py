@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from megacell.geneformer.batches import MicroBatch
 from megacell.geneformer.interchange.nemo import NemoArchive
-from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.config import Layout, ModelConfig
 from megacell.geneformer.training import device
 from megacell.geneformer.vocabulary import Vocabulary
 
@@ -52,8 +52,7 @@ class GeneformerModel(ModelPT):
         from megacell.geneformer.model.bert import PackedBert
 
         if self.bert is None:
-            tensor = self.run.cfg.parallel.tensor if self.run else 1
-            self.bert = PackedBert(self.sizes, tensor_parallel_size=tensor, precision=self.cfg.precision)
+            self.bert = PackedBert(self.sizes, self.run.layout if self.run else Layout(precision=self.cfg.precision))
             if self.run:
                 self.run.fill(self.bert)
 

@@ -44,7 +44,7 @@ class Run:
         self.cfg, self.out, self.first = cfg, Path(cfg.out), launch.is_first()
         self.data = TrainingData.open(cfg)
         self.data.stream()  # refuses settings that no batch can be made with, before a folder is
-        self.network = settings.model_config(cfg, self.data.vocabulary.size)
+        self.network, self.layout = settings.model_config(cfg, self.data.vocabulary.size), settings.layout(cfg)
         if cfg.init and not cfg.resume:
             check_fit(self.network, self.data.vocabulary, Path(cfg.init))  # before a folder is made, too
         self.step = 0
@@ -141,11 +141,12 @@ class Run:
         size = sum(p.numel() for p in module.bert.parameters())
         parameter = next(module.bert.parameters())
         dropout = self.cfg.model.attention_dropout
-        copies = parallel_state.get_data_parallel_world_size()
+        copies, layout = parallel_state.get_data_parallel_world_size(), self.layout
         self.screen.line(
-            f"model: {size:,} parameters a rank, {self.cfg.precision}; {copies} data x {self.cfg.parallel.tensor} "
-            f"tensor parallel on {parameter.device.type}; attention: "
+            f"model: {size:,} parameters a rank, {layout.precision}; {copies} data x {layout.tensor} "
+            f"tensor{' and sequence' if layout.sequence else ''} parallel on {parameter.device.type}; attention: "
             f"{choose_backend(parameter.device, parameter.dtype, dropout)}, dropout {dropout}"
+            + (f"; computed twice: {layout.recompute}" if layout.recompute != "none" else "")
         )
 
     # its batches
@@ -176,6 +177,10 @@ class Run:
         self.step += 1
         self._tell_lightning(module)
         self._reduce(module, result)
+        if not result.applied:
+            self.screen.line(
+                f"step {self.step}: gradients overflowed in fp16: update left out, loss scale now {result.loss_scale:g}"
+            )
         done = self.step >= self.cfg.steps
         row: dict[str, float] = {}
         if self.step % self.cfg.log_every == 0 or done or self.stopped:

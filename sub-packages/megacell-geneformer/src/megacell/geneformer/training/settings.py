@@ -5,12 +5,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from megacell.geneformer.model.config import PRECISIONS, ModelConfig
+from megacell.geneformer.model.config import Layout, ModelConfig
 from megacell.store.errors import UsageError
 
 SAVED = "config.yaml"  # in the run folder: what the run was started with
 KEPT = ("seed", "batch.cells", "model", "data", "init")  # what makes a run the run that it is
 SCHEDULES = ("cosine", "linear", "constant")
+REFUSED = {  # of Megatron's ways to spread a network, those that nothing here needs
+    "pipeline": "the layers stay together; raise parallel.tensor where a copy does not fit on one GPU",
+    "context": "a cell stays in one piece; parallel.sequence shares its tokens among the ranks of parallel.tensor",
+}
 
 
 def config_dir() -> Path:
@@ -42,7 +46,7 @@ def compose(overrides: list[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -50,7 +54,7 @@ def compose(overrides: list[str]) -> DictConfig:
         if cfg.resume:
             cfg = _resumed(cfg, overrides)
         cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    except MissingMandatoryValue as error:
+    except (MissingMandatoryValue, InterpolationKeyError) as error:  # the latter: ${given.…} of an experiment
         raise UsageError(f"{error.full_key}=… must be given") from error
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split()).split(" Config search path:")[0].split(" full_key:")[0]
@@ -85,19 +89,42 @@ def _check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"{name}={value}: must be a whole number of at least 1")
-    for name in ("lr", "min_lr", "warmup", "weight_decay", "beta1", "beta2", "eps", "clip"):
+    for name in ("lr", "min_lr", "warmup", "hold", "weight_decay", "beta1", "beta2", "eps", "clip"):
         if not isinstance(cfg.optim[name], int | float) or cfg.optim[name] < 0:
             raise UsageError(f"optim.{name}={cfg.optim[name]}: must be a number of at least 0")
-    if cfg.precision not in PRECISIONS:
-        raise UsageError(f"precision={cfg.precision}: choose one of {', '.join(PRECISIONS)}")
+    for name in ("initial_loss_scale", "loss_scale_window"):
+        if not isinstance(cfg.optim[name], int) or cfg.optim[name] < 1:
+            raise UsageError(f"optim.{name}={cfg.optim[name]}: must be a whole number of at least 1")
     if cfg.optim.schedule not in SCHEDULES:
         raise UsageError(f"optim.schedule={cfg.optim.schedule}: choose one of {', '.join(SCHEDULES)}")
-    if not 0 <= cfg.optim.warmup < cfg.steps:
-        raise UsageError(f"optim.warmup={cfg.optim.warmup}: must be at least 0 and under steps={cfg.steps}")
+    parts = [part * (cfg.steps if part < 1 else 1) for part in (cfg.optim.warmup, cfg.optim.hold)]
+    if sum(parts) >= cfg.steps:
+        raise UsageError(
+            f"optim.warmup={cfg.optim.warmup} and optim.hold={cfg.optim.hold} leave none of steps={cfg.steps}: "
+            "lower them, or raise steps"
+        )
+    _check_parallel(cfg)
     model = model_config(cfg, vocabulary_size=1)
     model.check_parallel(cfg.parallel.tensor)
     if cfg.batch.tokens < model.max_length:
         raise UsageError(f"batch.tokens={cfg.batch.tokens}: must be at least model.max_length={model.max_length}")
+
+
+def _check_parallel(cfg: DictConfig) -> None:
+    for name, why in REFUSED.items():
+        if cfg.parallel[name] != 1:
+            raise UsageError(f"parallel.{name}={cfg.parallel[name]}: not offered: {why}")
+    for name in ("sequence", "reduce_fp32"):
+        if not isinstance(cfg.parallel[name], bool):
+            raise UsageError(f"parallel.{name}={cfg.parallel[name]}: must be true or false")
+    layout(cfg)
+
+
+def layout(cfg: DictConfig) -> Layout:
+    """Return how the settings have the network run."""
+    parallel = cfg.parallel
+    sequence = parallel.sequence and parallel.tensor > 1
+    return Layout(parallel.tensor, sequence, parallel.recompute, cfg.precision)
 
 
 def model_config(cfg: DictConfig, vocabulary_size: int) -> ModelConfig:
