@@ -17,6 +17,7 @@ def register(commands: Any) -> None:
     _register_vocabulary(commands)
     _register_pretrain(commands)
     _register_export(commands)
+    _register_import(commands)
     _register_evaluate(commands)
     _register_embed(commands)
     _register_demo(commands)
@@ -170,31 +171,68 @@ def _let_the_first_rank_say_it() -> None:
 
 
 def _register_export(commands: Any) -> None:
-    example = "example:\n  megacell export RUN --to nemo --out model.nemo"
-    parser = add_command(commands, "export", "write a trained model as one portable file", example)
-    parser.add_argument("model", type=Path, metavar="RUN|CKPT", help="a run (its newest checkpoint) or a checkpoint")
-    parser.add_argument("--to", choices=["nemo"], required=True)
+    example = (
+        "examples:\n  megacell export RUN --to nemo --out model.nemo\n"
+        "  megacell export model.nemo --to hf --out model        a directory that transformers loads"
+    )
+    parser = add_command(commands, "export", "write a trained model as one portable file or directory", example)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a run (its newest checkpoint), checkpoint or .nemo")
+    parser.add_argument("--to", choices=["nemo", "hf"], required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
     _quiet()
-    from megacell.geneformer.interchange.nemo import save
+    from megacell.geneformer.interchange import hugging_face, nemo
     from megacell.geneformer.interchange.open import open_model
     from megacell.geneformer.vocabulary import refuse_existing
 
     refuse_existing(args.out)
     model = open_model(args.model)
+    (nemo if args.to == "nemo" else hugging_face).save(model, args.out)
+    _say_written(args.out, f"step {model.cfg.provenance.step}")
+    return 0
+
+
+def _say_written(out: Path, what: str) -> None:
+    size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]) if file.is_file())
+    print(f"{out}: {what}, {size / 2**20:.1f} MiB")
+
+
+def _register_import(commands: Any) -> None:
+    example = (
+        "examples:\n  megacell import Geneformer-V2-104M --vocabulary geneformer-v2 --out geneformer.nemo\n"
+        "  megacell pretrain … model=geneformer_v2_104m init=Geneformer-V2-104M       goes on training it"
+    )
+    parser = add_command(commands, "import", "make a .nemo file of a published model", example)
+    parser.add_argument("model", type=Path, metavar="DIR", help="Hugging Face directory of a BERT for masked genes")
+    parser.add_argument(
+        "--vocabulary", type=Path, metavar="VOCAB", help="where the directory has none (fetched, of Geneformer's)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="F.nemo")
+    parser.set_defaults(run=_import_model)
+
+
+def _import_model(args: argparse.Namespace) -> int:
+    _quiet()
+    from megacell.geneformer.interchange.nemo import save
+    from megacell.geneformer.interchange.open import open_model
+    from megacell.geneformer.vocabulary import Vocabulary, refuse_existing
+
+    refuse_existing(args.out)
+    model = open_model(args.model, Vocabulary.open(args.vocabulary) if args.vocabulary else None)
     save(model, args.out)
-    print(f"{args.out}: step {model.cfg.provenance.step}, {args.out.stat().st_size / 2**20:.1f} MiB")
+    _say_written(args.out, f"{model.sizes.layers} layers, vocabulary {model.vocabulary.name}")
     return 0
 
 
 def _register_evaluate(commands: Any) -> None:
     example = "example:\n  megacell evaluate RUN STORE --by cell_type"
     parser = add_command(commands, "evaluate", "held-out loss of a model beside baselines that need none", example)
-    parser.add_argument("model", type=Path, metavar="MODEL", help=".nemo file, run or checkpoint")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help=".nemo file, Hugging Face directory, run or checkpoint"
+    )
     parser.add_argument("store", type=Path, metavar="STORE")
     parser.add_argument("--by", metavar="COLUMN", help="also by the values of an obs column")
     parser.add_argument("--cells", type=int, default=2000, help="most held-out cells (default: %(default)s)")
@@ -215,7 +253,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _register_embed(commands: Any) -> None:
     example = "example:\n  megacell embed model.nemo cells.h5ad --out embedded.h5ad"
     parser = add_command(commands, "embed", "embed cells; writes obsm['X_megacell'] in the input's order", example)
-    parser.add_argument("model", type=Path, metavar="MODEL", help=".nemo file, run or checkpoint")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help=".nemo file, Hugging Face directory, run or checkpoint"
+    )
     parser.add_argument("data", type=Path, metavar="DATA", help=".h5ad file or store")
     parser.add_argument("--out", type=Path, required=True, metavar="F.h5ad|F.npy|F.parquet")
     parser.add_argument("--pool", choices=["mean", "cls"], default="mean", help="default: %(default)s")

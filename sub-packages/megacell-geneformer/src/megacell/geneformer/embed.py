@@ -16,6 +16,7 @@ import torch
 from megacell.geneformer.batches import MicroBatch, Packer
 from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.model.bert import Pack
+from megacell.geneformer.model.layers import PostNormLayer
 from megacell.geneformer.ranking import RankEncoder
 from megacell.geneformer.training import device
 from megacell.geneformer.vocabulary import check_coverage, refuse_existing
@@ -110,11 +111,22 @@ class Embedder:
 
 
 def hidden_states(bert: Any, pack: Pack, layer: int) -> torch.Tensor:
-    """Return the hidden states [T, h] after layer ``layer`` (from 1); after the last one, behind the final norm."""
-    if layer == len(bert.encoder.layers):
+    """Return the hidden states [T, h] after layer ``layer`` (0: the embeddings); after the last, behind its norm.
+
+    In a post-LN network, as in BERT's papers and Hugging Face's ``hidden_states``, a layer ends with its norm, which
+    stands at the start of the next one here.
+    """
+    layers = bert.encoder.layers
+    if layer == len(layers):
         return bert.encode(pack)
-    kept: list[torch.Tensor | tuple[torch.Tensor, None]] = []
-    hook = bert.end_of_layer(layer).register_forward_hook(lambda module, inputs, output: kept.append(output))
+    where = layers[layer].input_layernorm if isinstance(layers[layer], PostNormLayer) else layers[layer]
+    kept: list[torch.Tensor] = []
+    if where is layers[layer]:
+        hook = where.register_forward_pre_hook(
+            lambda module, args, given: kept.append(given["hidden_states"]), with_kwargs=True
+        )
+    else:
+        hook = where.register_forward_hook(lambda module, inputs, output: kept.append(output))
     try:
         bert.encode(pack)
     finally:

@@ -188,3 +188,19 @@ def import_geneformer(
         aliases={a.upper(): g for a, g in read.get("gene_ids", {}).items() if g in token_of and a.upper() != g},
         provenance={"made": "imported", "content": prints},
     )
+
+
+def write_dictionaries(vocabulary: Vocabulary, folder: Path) -> None:
+    """Write a vocabulary as the pickles that Geneformer's own tokenizer reads, into a folder that is there."""
+    tokens = {f"<{name}>": token for name, token in vocabulary.specials.items()}
+    tokens |= dict(zip(vocabulary.gene_ids.tolist(), vocabulary.tokens.tolist(), strict=True))
+    named = {symbol: gene for symbol, gene in zip(vocabulary.symbols, vocabulary.gene_ids, strict=True) if symbol}
+    itself = {gene: gene for gene in vocabulary.gene_ids.tolist()}
+    contents: dict[str, dict[str, Any]] = {
+        "token_dictionary.pkl": dict(sorted(tokens.items(), key=lambda item: item[1])),
+        "gene_median_dictionary.pkl": dict(zip(vocabulary.gene_ids.tolist(), vocabulary.medians.tolist(), strict=True)),
+        "gene_name_id_dict.pkl": named,
+        "ensembl_mapping_dict.pkl": {**vocabulary.aliases, **itself},
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content, protocol=4))

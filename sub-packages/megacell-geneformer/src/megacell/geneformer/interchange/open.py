@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way to open a trained model: a .nemo file, a run folder, or one of its checkpoints."""
+"""The one way to open a trained model: a .nemo file, a Hugging Face directory, a run, or one of its checkpoints."""
 
 import logging
 from pathlib import Path
@@ -11,6 +11,11 @@ from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store.errors import DataError, UsageError
 
 log = logging.getLogger(__name__)
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Return whether a path is a folder of a Hugging Face model."""
+    return (path / "config.json").is_file()
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -27,27 +32,60 @@ def find_checkpoint(path: Path) -> Path:
         for line in lines:
             log.warning(line)
         return newest
-    raise UsageError(f"{path}: neither a .nemo file, a run folder nor a checkpoint")
+    raise UsageError(f"{path}: neither a .nemo file, a Hugging Face directory, a run folder nor a checkpoint")
 
 
-def open_model(path: Path):
-    """Return the ``GeneformerModel`` of a .nemo file, run or checkpoint, in evaluation mode, in this one process.
+def open_model(path: Path, vocabulary: Vocabulary | None = None):
+    """Return the ``GeneformerModel`` of a model, in evaluation mode, in this one process.
 
     Its ``vocabulary`` is set, and ``cfg.provenance`` says what it was trained on.
+
+    Parameters
+    ----------
+    path : Path
+        .nemo file, Hugging Face directory, run or checkpoint.
+    vocabulary : Vocabulary, optional
+        Of a Hugging Face directory that comes without one; of any other it has to be the model's own.
 
     Raises
     ------
     UsageError, DataError
         If there is no such model there, or it is damaged.
     """
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    if is_hugging_face(path):
+        return _of_hugging_face(path, vocabulary)
+    model = _of_archive(path) if path.is_file() else _of_checkpoint(find_checkpoint(path))
+    if vocabulary is not None:
+        _check_vocabulary(path, model.vocabulary.hash, vocabulary)
+    return model
+
+
+def _of_archive(path: Path):
+    from megacell.geneformer.training.module import GeneformerModel
+
+    return GeneformerModel.restore_from(str(path)).eval()
+
+
+def _of_hugging_face(path: Path, vocabulary: Vocabulary | None):
+    from megacell.geneformer.interchange.hugging_face import read_directory
+    from megacell.geneformer.model.init import copy_whole
+    from megacell.geneformer.training import device
+    from megacell.geneformer.training.module import GeneformerModel
+
+    cfg, weights, vocabulary = read_directory(path, vocabulary)
+    model = GeneformerModel(OmegaConf.create(cfg))
+    with device.single_process():
+        copy_whole(model.bert, weights)
+    model.vocabulary = vocabulary
+    return model.to(device.device()).eval()
+
+
+def _of_checkpoint(folder: Path):
     from megacell.geneformer.training import checkpoint, device
     from megacell.geneformer.training.module import GeneformerModel
 
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder")
-    if path.is_file():
-        return GeneformerModel.restore_from(str(path)).eval()
-    folder = find_checkpoint(path)
     facts = checkpoint.read_facts(folder)
     vocabulary = Vocabulary.open(folder.parent.parent / "vocabulary")
     _check_vocabulary(folder, facts["vocabulary"], vocabulary)
@@ -69,15 +107,27 @@ def check_fit(network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:
     UsageError, DataError
         If there is no such model, or it is of other sizes or another vocabulary.
     """
-    from megacell.geneformer.interchange.nemo import read_config
-    from megacell.geneformer.training import checkpoint
-
-    theirs = read_config(path) if path.is_file() else checkpoint.read_facts(find_checkpoint(path))
+    theirs = _facts(path, vocabulary)
     _check_vocabulary(path, theirs["vocabulary"], vocabulary)
-    free = ("hidden_dropout", "attention_dropout", "init_std")  # may change when training goes on
+    free = ("hidden_dropout", "attention_dropout", "init_std", "scaled_init")  # may change when training goes on
     differ = [k for k, v in network.to_dict().items() if k not in free and theirs["network"].get(k) != v]
     if differ:
         raise DataError(f"{path}: its {', '.join(differ)} differ from the model to be filled: give the same model=")
+
+
+def _facts(path: Path, vocabulary: Vocabulary) -> dict:
+    """Return what a model says of its ``network`` and ``vocabulary``; a bare Hugging Face one has only sizes."""
+    from megacell.geneformer.interchange.hugging_face import VOCABULARY, read_sizes
+    from megacell.geneformer.interchange.nemo import read_config
+    from megacell.geneformer.training import checkpoint
+
+    if path.is_file():
+        return read_config(path)
+    if not is_hugging_face(path):
+        return checkpoint.read_facts(find_checkpoint(path))
+    sizes, own = read_sizes(path), path / VOCABULARY
+    known = Vocabulary.open(own) if own.is_dir() else vocabulary
+    return {"network": sizes.to_dict(), "vocabulary": known.hash}
 
 
 def load_into(bert, network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:
@@ -88,11 +138,15 @@ def load_into(bert, network: ModelConfig, vocabulary: Vocabulary, path: Path) ->
     UsageError, DataError
         As ``check_fit``.
     """
+    from megacell.geneformer.interchange.hugging_face import read_directory
     from megacell.geneformer.interchange.nemo import read_archive
     from megacell.geneformer.model.init import copy_whole
     from megacell.geneformer.training import checkpoint
 
     check_fit(network, vocabulary, path)
+    if is_hugging_face(path):
+        copy_whole(bert, read_directory(path, vocabulary)[1])
+        return
     if path.is_file():
         _, weights, _ = read_archive(path)
         copy_whole(bert, {name.removeprefix("bert."): tensor for name, tensor in weights.items()})

@@ -102,11 +102,6 @@ class PackedBert(LanguageModule):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)
 
-    def end_of_layer(self, layer: int) -> torch.nn.Module:
-        """Return the module whose output are the states after layer ``layer`` (from 1, and not the last)."""
-        layers = self.encoder.layers
-        return layers[layer].input_layernorm if self.norm == "post" else layers[layer - 1]
-
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the LM head's logits [M, V] for hidden states [M, h]."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
