@@ -17,6 +17,7 @@ from megacell.geneformer.embed import hidden_states
 from megacell.geneformer.geneformer_pickles import import_geneformer
 from megacell.geneformer.interchange import hugging_face, nemo
 from megacell.geneformer.interchange.open import check_fit, load_into, open_model
+from megacell.geneformer.model.attention import attention_maps
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.training import device
 from megacell.store.errors import DataError, MegacellError, UsageError
@@ -74,6 +75,22 @@ def test_a_published_model_gives_the_same_hidden_states_and_logits(published, vo
             if layer == model.sizes.layers and model.sizes.norm == "pre":
                 continue  # theirs is that before the last norm
             torch.testing.assert_close(hidden_states(model.bert, pack, layer), states[real], rtol=1e-5, atol=1e-5)
+
+
+def test_it_attends_as_the_published_one_does(published, vocabulary):
+    path, reference = published
+    model = open_model(path, vocabulary)
+    lengths = (31, 7, 40, 2)
+    pack, padded, real = cells_of(lengths)
+    reference.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = reference(padded, attention_mask=real.long(), output_attentions=True).attentions
+    for layer in range(model.sizes.layers):
+        with device.single_process(), torch.inference_mode():
+            maps = attention_maps(model.bert, pack, layer + 1)
+        for cell, length in enumerate(lengths):
+            theirs_here = expected[layer][cell, :, :length, :length]
+            torch.testing.assert_close(maps[cell], theirs_here, rtol=1e-5, atol=1e-5)
 
 
 def test_it_goes_out_again_and_transformers_finds_every_tensor(published, vocabulary, tmp_path):

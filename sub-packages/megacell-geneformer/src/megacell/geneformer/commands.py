@@ -256,7 +256,7 @@ def _register_embed(commands: Any) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help=".nemo file, Hugging Face directory, run or checkpoint"
     )
-    parser.add_argument("data", type=Path, metavar="DATA", help=".h5ad file or store")
+    parser.add_argument("data", type=Path, metavar="DATA", help="a store, or a file as for convert")
     parser.add_argument("--out", type=Path, required=True, metavar="F.h5ad|F.npy|F.parquet")
     parser.add_argument("--pool", choices=["mean", "cls"], default="mean", help="default: %(default)s")
     parser.add_argument(
@@ -271,7 +271,7 @@ def _register_embed(commands: Any) -> None:
 
 def _embed(args: argparse.Namespace) -> int:
     _quiet()
-    from megacell.geneformer.embed import embed_file
+    from megacell.geneformer.embedding_file import embed_file
 
     for line in embed_file(
         args.model, args.data, args.out, pool=args.pool, layer=args.layer, counts=args.counts,

@@ -11,7 +11,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from megacell.geneformer.embed import KEY, ROWS_AT_ONCE, Embedder
+from megacell.geneformer.embed import Embedder
+from megacell.geneformer.embed_inputs import ROWS_AT_ONCE
+from megacell.geneformer.embedding_file import KEY
 from megacell.geneformer.evaluate import evaluate
 from megacell.geneformer.interchange.open import open_model
 from megacell.geneformer.split import SplitSettings, split_cells

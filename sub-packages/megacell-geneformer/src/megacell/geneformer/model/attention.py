@@ -4,6 +4,7 @@
 Shapes: T tokens of the pack, H heads of this tensor parallel rank, D size of a head.
 """
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -81,3 +82,36 @@ class PackedAttention(MegatronModule):
         else:
             out = attend(query, key, value, packed_seq_params, dropout)
         return out.reshape(out.shape[0], -1)
+
+
+def attention_maps(bert, pack, layer: int) -> list[torch.Tensor]:
+    """Return the attention weights of one layer, cell by cell; of a model in one process, dropout off.
+
+    Parameters
+    ----------
+    bert : PackedBert
+    pack : Pack
+        Of C cells.
+    layer : int
+        From 1.
+
+    Returns
+    -------
+    list of Tensor, float32 [heads, tokens, tokens], C of them
+        Each row sums to 1.
+    """
+    kept: list[torch.Tensor] = []
+
+    def compute(module, given, named) -> None:
+        query, key = (x.transpose(0, 1).float() for x in given[:2])  # [H, T, D]
+        for a, b in pairwise(pack.cu_seqlens.tolist()):
+            scores = query[:, a:b] @ key[:, a:b].transpose(1, 2) / math.sqrt(query.shape[-1])
+            kept.append(torch.softmax(scores, -1))
+
+    inner = bert.encoder.layers[layer - 1].self_attention.core_attention
+    hook = inner.register_forward_pre_hook(compute, with_kwargs=True)
+    try:
+        bert.encode(pack)
+    finally:
+        hook.remove()
+    return kept

@@ -9,6 +9,7 @@ outside of it nothing is changed.
 import contextlib
 import hashlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from unittest import mock
@@ -34,6 +35,13 @@ _NOISE = (  # said by Megatron and torch at every start, and nothing that a user
 def device() -> torch.device:
     """Return the device of this process: its current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def use_local() -> None:
+    """Have a process that torchrun or srun started use the GPU of its number on its machine."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    if torch.cuda.is_available() and local is not None:
+        torch.cuda.set_device(int(local) % torch.cuda.device_count())
 
 
 def quiet() -> None:

@@ -34,9 +34,14 @@ def local_size(devices: int) -> int:
     return int(os.environ["SLURM_NTASKS"]) // int(os.environ.get("SLURM_NNODES", "1"))
 
 
+def rank() -> int:
+    """Return the number of this process among those that its launcher started, 0 for the launcher itself."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 def is_first() -> bool:
     """Return whether this process is the run's rank 0 (or its launcher)."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    return rank() == 0
 
 
 def end_with_parent() -> None:

@@ -120,8 +120,8 @@ class CellSource:
         totals[np.diff(indptr) == 0] = 0.0
         return totals
 
-    def blocks(self, rows: int = ROWS) -> Iterator[sp.csr_matrix]:
-        """Yield all cells in the file's order, at most `rows` at a time.
+    def blocks(self, rows: int = ROWS, start: int = 0, stop: int | None = None) -> Iterator[sp.csr_matrix]:
+        """Yield cells in the file's order, all or those from `start` to `stop`, at most `rows` at a time.
 
         Yields
         ------
@@ -134,7 +134,7 @@ class CellSource:
             The file is damaged, or has values that are no counts of the source's kind.
         """
         numbers = np.arange(len(self.gene_ids), dtype=np.int32)
-        for indptr, genes, values in self.canonical(numbers, len(numbers), rows=rows):
+        for indptr, genes, values in self.canonical(numbers, len(numbers), start=start, stop=stop, rows=rows):
             yield sp.csr_matrix((values, genes.astype(np.int32), indptr), (len(indptr) - 1, len(numbers)))
 
     def canonical(
