@@ -237,17 +237,17 @@ def _make_room(path: Path, size: int) -> None:
 
 
 def _write_parquet(path: Path, obs: pd.DataFrame, work: Unfinished) -> None:
-    """Write the cells' names, their embeddings a column a number, and their tokens, block by block."""
+    """Write the embeddings a column a number, and the tokens, under the cells' names, block by block."""
     names = [f"{KEY}_{i}" for i in range(work.embeddings.shape[1])]
-    schema = pa.schema([("cell", pa.string()), *((name, pa.float32()) for name in names), (COUNT, pa.int64())])
-    with pq.ParquetWriter(path, schema) as writer:
-        for start in range(0, len(obs), 16 * ROWS_AT_ONCE):
-            part = slice(start, start + 16 * ROWS_AT_ONCE)
-            columns = [
-                pa.array(obs.index[part].astype(str)),
-                *map(pa.array, np.ascontiguousarray(work.embeddings[part].T)),
-            ]
-            writer.write_table(pa.table([*columns, pa.array(work.n_tokens[part])], schema=schema))
+    writer = None
+    for start in range(0, len(obs), 16 * ROWS_AT_ONCE):
+        part = slice(start, start + 16 * ROWS_AT_ONCE)
+        frame = pd.DataFrame(work.embeddings[part], index=obs.index[part], columns=names)
+        table = pa.Table.from_pandas(frame.assign(**{COUNT: work.n_tokens[part]}), preserve_index=True)
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()
 
 
 def _write_h5ad(path: Path, data: Path, obs: pd.DataFrame, work: Unfinished, facts: dict[str, Any]) -> None:
