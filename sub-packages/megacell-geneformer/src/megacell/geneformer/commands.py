@@ -9,6 +9,7 @@ from typing import Any
 
 from megacell.geneformer.bench_train_command import register_bench_train
 from megacell.geneformer.data_commands import add_command, register_data
+from megacell.geneformer.doctor import register_doctor
 from megacell.store.errors import MegacellError
 
 
@@ -22,6 +23,7 @@ def register(commands: Any) -> None:
     _register_demo(commands)
     register_data(commands)
     register_bench_train(commands)
+    register_doctor(commands)
 
 
 _BIONEMO = "lay cells out as BioNeMo's Geneformer does: cls in front, 2,048 tokens"
