@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import kubernetes_validate
 import pytest
 import yaml
 from containers import DOCKER, ROOT, Replay, context, read_dockerfile
+from runs import TINY, WAIT, metrics
+
+from ranks import free_port
 
 STAGES = read_dockerfile(DOCKER / "Dockerfile")
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
@@ -324,3 +328,82 @@ def test_a_pod_that_is_ended_asks_its_ranks_for_a_checkpoint_and_waits(tmp_path)
     pod.send_signal(signal.SIGTERM)
     assert pod.wait(30) == 1
     assert (tmp_path / "checkpoint").read_text() == "saved\n"
+
+
+# the same with real training
+
+SMALL = ["model.layers=1", "batch.tokens=1024", "devices=1", "checkpoint.every=1000", "validation.every=1000", *TINY]
+SRUN = f"""\
+while [ "${{1#--}}" != "$1" ]; do shift; done
+shift
+for rank in 0 1; do
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank {sys.executable} -m megacell.store.cli "$@" &
+done
+code=0
+for rank in $(jobs -p); do wait "$rank" || code=$?; done
+exit $code
+"""
+
+
+def until_it_trains(process: subprocess.Popen, run: Path) -> None:
+    """Wait for the first lines of metrics.csv."""
+    for _ in range(WAIT):
+        assert process.poll() is None, "it ended before it was to be ended"
+        if (run / "metrics.csv").exists() and len(metrics(run)) >= 3:
+            return
+        time.sleep(1)
+    raise AssertionError("it does not train")
+
+
+def ranks_below(process: subprocess.Popen) -> list[int]:
+    """Return the processes of `megacell pretrain` that a process and its children have started."""
+    found, looked = [], [process.pid]
+    for parent in looked:
+        children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+        looked += children
+        found += [pid for pid in children if b"megacell.store.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+@pytest.mark.exhaustive
+def test_a_slurm_job_saves_when_its_time_is_up_is_queued_again_and_goes_on(store, vocabulary, tmp_path):
+    job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+           "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    own = stubs(tmp_path, srun=SRUN, scontrol='echo "$@" > requeued') | job
+    options = [f"store={store}", f"vocabulary={vocabulary}", "out=run", *SMALL, "steps=100000"]
+    first = subprocess.Popen(["bash", SBATCH, *options], cwd=tmp_path, env={**own, "SLURM_JOB_ID": str(free_port())})
+    until_it_trains(first, tmp_path / "run")
+    for pid in ranks_below(first):
+        os.kill(pid, signal.SIGTERM)
+    assert first.wait(WAIT) == 75
+    assert (tmp_path / "requeued").read_text().startswith("requeue ")
+    saved = max((tmp_path / "run/checkpoints").iterdir()).name
+    again = subprocess.Popen(
+        ["bash", SBATCH, *options], cwd=tmp_path, env={**own, "SLURM_JOB_ID": str(free_port())},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    line = next(line for line in again.stdout if "resuming" in line)
+    assert saved in line
+    for pid in ranks_below(again):
+        os.kill(pid, signal.SIGTERM)
+    again.communicate(timeout=WAIT)
+
+
+@pytest.mark.exhaustive
+def test_a_pod_that_is_ended_leaves_a_checkpoint_of_its_run(store, vocabulary, tmp_path):
+    options = f"store={store} vocabulary={vocabulary} {' '.join(SMALL)} steps=100000"
+    script = re.sub(r"options=\(store.*\)", f"options=({options})", NODE["args"][0])
+    script = script.replace("megacell-train-0.megacell-train:29500", f"127.0.0.1:{free_port()}")
+    assert options in script
+    own = {**os.environ, "NODES": "1", "GPUS": "2", "RUN": "runs/run", "JOB_COMPLETION_INDEX": "0"}
+    own |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    torchrun = f'exec {sys.executable} -m torch.distributed.run "$@"'
+    pod = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=stubs(tmp_path, torchrun=torchrun) | own | {
+        "PATH": f"{tmp_path}{os.pathsep}{own['PATH']}"})  # fmt: skip
+    until_it_trains(pod, tmp_path / "runs/run")
+    pod.send_signal(signal.SIGTERM)
+    assert pod.wait(WAIT) == 1, "torchrun's exit code once its ranks have ended with 75"
+    assert [path for path in (tmp_path / "runs/run/checkpoints").iterdir() if path.name != "step-00000000"]
+    assert metrics(tmp_path / "runs/run")[-1]["step"] == str(
+        int(max((tmp_path / "runs/run/checkpoints").iterdir()).name[5:])
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from megacell.store.bench_command import register_bench
 from megacell.store.compact_command import register_compact
+from megacell.store.completion_command import register_completion
 from megacell.store.convert_command import register_convert, table
 from megacell.store.doctor_command import register_doctor
 from megacell.store.errors import DataError
@@ -22,6 +23,7 @@ def register(commands: Any) -> None:
     register_scdl(commands)
     register_bench(commands)
     register_doctor(commands)
+    register_completion(commands)
     info = commands.add_parser("info", help="say what a cell store holds")
     info.add_argument("store", metavar="STORE")
     info.add_argument("--duplicates", action="store_true", help="count exact copies of cells, by pair of sources")
