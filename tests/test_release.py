@@ -147,7 +147,7 @@ def test_what_is_installed_trains(names, wheels, tmp_path):
     fine(megacell, "doctor", **own)
     fine(megacell, "convert", write_cells(tmp_path / "cells.h5ad"), "--out", "store", **own)
     fine(megacell, "vocabulary", "build", "store", "--out", "vocabulary", "--split-by", "cell", **own)
-    small = ("model.layers=1", "model.hidden=32", "model.ffn=64", "model.max_length=128", "batch.cells=8", "steps=2")
+    small = ("model.layers=2", "model.hidden=32", "model.ffn=64", "model.max_length=128", "batch.cells=8", "steps=2")
     told = fine(megacell, "pretrain", "store=store", "vocabulary=vocabulary", "out=run", *small, **own)
     assert "step 2: held-out loss" in told
     fine(megacell, "export", "run", "--to", "nemo", "--out", "model.nemo", **own)

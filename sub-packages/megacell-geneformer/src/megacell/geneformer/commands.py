@@ -10,6 +10,7 @@ from typing import Any
 from megacell.geneformer.bench_train_command import register_bench_train
 from megacell.geneformer.data_commands import add_command, register_data
 from megacell.geneformer.doctor import register_doctor
+from megacell.geneformer.report_command import register_report
 from megacell.store.completion_command import WORDS
 from megacell.store.errors import MegacellError
 
@@ -25,6 +26,7 @@ def register(commands: Any) -> None:
     register_data(commands)
     register_bench_train(commands)
     register_doctor(commands)
+    register_report(commands)
 
 
 _BIONEMO = "lay cells out as BioNeMo's Geneformer does: cls in front, 2,048 tokens"
