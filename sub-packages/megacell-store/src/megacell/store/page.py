@@ -17,7 +17,7 @@ h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 34px 0 8px; border-bottom: 1px solid #ccc; padding-bottom: 3px; break-after: avoid; }
 p { margin: 6px 0; max-width: 75ch; }
 .about, figcaption, .note { color: #555; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 18px 28px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 18px 28px; }
 figure { margin: 0; break-inside: avoid; }
 figcaption { font-weight: 600; color: #1a1a1a; margin-bottom: 4px; }
 figure > svg { width: 100%; height: auto; display: block; }
@@ -31,9 +31,10 @@ svg text { font: 11px system-ui, "Liberation Sans", Arial, sans-serif; fill: #33
 .key.dot { width: 10px; }
 table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 3px 18px 3px 0; vertical-align: top; border-bottom: 1px solid #eee; }
-td.number, th.number { text-align: right; }
+td.number, th.number { text-align: right; white-space: nowrap; }
 tr { break-inside: avoid; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
+td:last-child { overflow-wrap: anywhere; }
 pre { background: #f6f6f6; padding: 10px 12px; font: 12px/1.4 ui-monospace, "Liberation Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print {

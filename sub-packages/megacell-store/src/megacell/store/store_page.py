@@ -29,7 +29,7 @@ def write_page(store: CellStore, path: Path, sections: list[Section], args: argp
         ("", ""),
         [
             ("cells", len(store)), ("genes", store.shape[1]), ("values above zero", manifest.values),
-            ("bytes", size), ("shards", len(manifest.shards)), ("generation", manifest.generation),
+            ("MiB on disk", round(size / 2**20)), ("shards", len(manifest.shards)), ("generation", manifest.generation),
         ],
     )  # fmt: skip
     page.text(f"Species: {manifest.species}. Digest: {manifest.digest}. Path: {store.path}.", note=True)
