@@ -28,12 +28,12 @@ from megacell.store.page import Page
 EVALUATION = "evaluation.json"
 _BASELINES = {"frequency": "gene frequency", "rank_frequency": "frequency at that rank"}
 _PREDICTORS = {"model": "this model", **_BASELINES, "count_arithmetic": "count arithmetic (no network)"}
-_CURVES = {  # column of metrics.csv: caption, axis, whether it starts at zero
-    "lr": ("Learning rate", "learning rate", True),
-    "grad_norm": ("Gradient norm, before clipping", "norm", True),
-    "tokens_per_second": ("Speed, all ranks", "real tokens/s", True),
-    "data_wait": ("Share of the time that data were waited for", "share", True),
-    "memory_gib": ("Peak memory of rank 0", "GiB", True),
+_CURVES = {  # column of metrics.csv: caption, axis, what the axis reaches at least
+    "lr": ("Learning rate", "learning rate", None),
+    "grad_norm": ("Gradient norm, before clipping", "norm", None),
+    "tokens_per_second": ("Speed, all ranks", "real tokens/s", None),
+    "data_wait": ("Share of the time that data were waited for", "share", 0.1),
+    "memory_gib": ("Peak memory of rank 0", "GiB", None),
 }
 
 
@@ -220,12 +220,14 @@ def _nats(value: tuple[float, float] | None) -> str:
 def _curves(page: Page, folder: RunFolder) -> None:
     page.section("The run")
     references = {name: folder.summary[key] for key, name in _BASELINES.items() if key in folder.summary}
-    if folder.evaluation and (arithmetic := folder.evaluation["rows"][0]["count_arithmetic"]):
-        references["count arithmetic"] = arithmetic[0]
     loss = [Line("training", folder.curve("loss")), Line("held out", folder.curve("held_out_loss"), dots=True)]
     drawn = {"Loss at masked genes": lines("loss", loss, Axes("step", "nats", references))}
-    for column, (caption, axis, zero) in _CURVES.items():
-        drawn[caption] = lines(caption, [Line(caption, folder.curve(column))], Axes("step", axis, from_zero=zero))
+    if folder.evaluation and (arithmetic := folder.evaluation["rows"][0]["count_arithmetic"]):
+        references = {**references, "count arithmetic": arithmetic[0]}
+        drawn["The same beside count arithmetic"] = lines("loss", loss, Axes("step", "nats", references))
+    for column, (caption, axis, reach) in _CURVES.items():
+        axes = Axes("step", axis, from_zero=True, reach=reach)
+        drawn[caption] = lines(caption, [Line(caption, folder.curve(column))], axes)
     page.figures(drawn)
     tokens = sum(row.get("tokens", 0.0) for row in folder.rows)
     rates = [row["tokens_per_second"] for row in folder.rows[1:] if "tokens_per_second" in row]
@@ -243,7 +245,7 @@ def _cells(page: Page, folder: RunFolder, store: CellStore, split: Split | None)
     around = len(folder.vocabulary.prefix) + len(folder.vocabulary.suffix)
     longest = int(folder.options["model"]["max_length"])
     tokens = np.where(lengths > 0, lengths.astype(np.int64) + around, 0)
-    found, edges = np.histogram(tokens, bins=60)
+    found, edges = np.histogram(tokens, bins=60, range=(0, max(tokens.max(), 1)))
     cut = float((tokens > longest).mean())
     caption = f"Tokens of a cell; cut at {longest:,} (dashed): {cut:.1%} of the cells"
     drawn = histogram(

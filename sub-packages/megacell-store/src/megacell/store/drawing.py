@@ -34,12 +34,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Axes:
-    """What the axes say, and horizontal lines to compare with, by name."""
+    """What the axes say, lines to compare with by name, and a value that the upright one reaches at least."""
 
     x: str
     y: str
     references: dict[str, float] = field(default_factory=dict)
     from_zero: bool = False
+    reach: float | None = None
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -108,7 +109,8 @@ def lines(title: str, drawn: Sequence[Line], axes: Axes) -> str:
         return ""
     x = min(p[0] for p in points), max(p[0] for p in points)
     x = x if x[1] > x[0] else (x[0] - 1, x[1] + 1)
-    frame = _Frame(x, _limits([p[1] for p in points] + list(axes.references.values()), axes.from_zero), axes)
+    upright = [p[1] for p in points] + list(axes.references.values()) + [v for v in (axes.reach,) if v is not None]
+    frame = _Frame(x, _limits(upright, axes.from_zero), axes)
     parts, keys = frame.parts, []
     for count, (name, value) in enumerate(axes.references.items()):
         at = frame.down(value)
@@ -145,8 +147,8 @@ def _thinned(points: Points) -> Points:
 
 def histogram(title: str, counts: Sequence[int], edges: Sequence[float], axes: Axes, mark: float | None = None) -> str:
     """Return bars over their edges; `mark` is a vertical line to compare with."""
-    last = max(edges[-1], mark or edges[-1])
-    frame = _Frame((edges[0], last + (last - edges[0]) * 0.02), (0.0, max(max(counts), 1) * 1.05), axes)
+    first, last = (pick(end, end if mark is None else mark) for pick, end in ((min, edges[0]), (max, edges[-1])))
+    frame = _Frame((first, last + (last - first) * 0.02), (0.0, max(max(counts), 1) * 1.05), axes)
     parts = frame.parts
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
