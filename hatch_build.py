@@ -1,28 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unites the sub-packages' version, dependencies and commands, so that each stands in one place only."""
+"""Unites the sub-packages' dependencies and commands in the whole, and ties a sub-package to others of its version."""
 
 import tomllib
 from pathlib import Path
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
+ROOT = Path(__file__).resolve().parent
+OWN = "megacell-"
+
 
 class CustomMetadataHook(MetadataHookInterface):
     def update(self, metadata: dict) -> None:
-        root = Path(self.root) / "sub-packages"
-        projects = [tomllib.loads(p.read_text())["project"] for p in sorted(root.glob("*/pyproject.toml"))]
-        (metadata["version"],) = {project["version"] for project in projects}
-        own = {project["name"] for project in projects}
-        needs = {d for project in projects for d in project["dependencies"] if d.split("==")[0] not in own}
-        metadata["dependencies"] = sorted(needs)
-        for field in ("scripts", "entry-points", "optional-dependencies"):
-            united: dict = {}
-            for project in projects:
-                for key, value in project.get(field, {}).items():
-                    if isinstance(value, dict):
-                        united.setdefault(key, {}).update(value)
-                    elif isinstance(value, list):
-                        united.setdefault(key, []).extend(v for v in value if v not in united.get(key, []))
-                    else:
-                        united[key] = value
-            metadata[field] = united
+        if Path(self.root).resolve() == ROOT:
+            _unite(metadata)
+        else:
+            version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+            needs = metadata["dependencies"]
+            metadata["dependencies"] = [f"{need}=={version}" if need.startswith(OWN) else need for need in needs]
+
+
+def _unite(metadata: dict) -> None:
+    projects = [tomllib.loads(p.read_text())["project"] for p in sorted(ROOT.glob("sub-packages/*/pyproject.toml"))]
+    needs = {need for project in projects for need in project["dependencies"] if not need.startswith(OWN)}
+    metadata["dependencies"] = sorted(needs)
+    for field in ("scripts", "entry-points", "optional-dependencies"):
+        united: dict = {}
+        for project in projects:
+            for key, value in project.get(field, {}).items():
+                if isinstance(value, dict):
+                    united.setdefault(key, {}).update(value)
+                elif isinstance(value, list):
+                    united.setdefault(key, []).extend(v for v in value if v not in united.get(key, []))
+                else:
+                    united[key] = value
+        metadata[field] = united

@@ -9,6 +9,9 @@ from typing import Any
 
 from megacell.geneformer.bench_train_command import register_bench_train
 from megacell.geneformer.data_commands import add_command, register_data
+from megacell.geneformer.doctor import register_doctor
+from megacell.geneformer.report_command import register_report
+from megacell.store.completion_command import WORDS
 from megacell.store.errors import MegacellError
 
 
@@ -23,6 +26,8 @@ def register(commands: Any) -> None:
     _register_demo(commands)
     register_data(commands)
     register_bench_train(commands)
+    register_doctor(commands)
+    register_report(commands)
 
 
 _BIONEMO = "lay cells out as BioNeMo's Geneformer does: cls in front, 2,048 tokens"
@@ -135,9 +140,16 @@ def _quiet() -> None:
 
 def _register_pretrain(commands: Any) -> None:
     parser = add_command(commands, "pretrain", "train a model on a store (a Hydra app: OPTION=VALUE)", _PRETRAIN)
-    parser.add_argument("settings", nargs="*", metavar="OPTION=VALUE", help="Hydra overrides")
+    settings = parser.add_argument("settings", nargs="*", metavar="OPTION=VALUE", help="Hydra overrides")
+    setattr(settings, WORDS, _option_words)
     parser.add_argument("--cfg", action="store_true", help="print the composed options and stop")
     parser.set_defaults(run=_pretrain)
+
+
+def _option_words() -> dict[str, list[str]]:
+    from megacell.geneformer.option_words import option_words
+
+    return option_words()
 
 
 def _pretrain(args: argparse.Namespace) -> int:

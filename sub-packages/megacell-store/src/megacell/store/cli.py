@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from megacell.store.errors import MegacellError
 
@@ -14,9 +14,20 @@ INTERNAL_ERROR = 70  # exit code, sysexits' EX_SOFTWARE
 COMMANDS = "megacell.commands"  # entry-point group: functions that take argparse's sub-parsers and add their own
 
 
+def installed_version() -> str:
+    """Return Megacell's version, or "unknown" where it is run without having been installed."""
+    for name in ("megacell", "megacell-store"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with the sub-commands of all installed sub-packages; imports none of their heavy parts."""
     parser = argparse.ArgumentParser(prog="megacell", description="Pretrain foundation models on single cells.")
+    parser.add_argument("--version", action="version", version=f"megacell {installed_version()}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for point in sorted(entry_points(group=COMMANDS), key=lambda p: p.name, reverse=True):

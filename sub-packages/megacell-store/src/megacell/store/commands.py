@@ -9,7 +9,9 @@ from typing import Any
 
 from megacell.store.bench_command import register_bench
 from megacell.store.compact_command import register_compact
+from megacell.store.completion_command import register_completion
 from megacell.store.convert_command import register_convert, table
+from megacell.store.doctor_command import register_doctor
 from megacell.store.errors import DataError
 from megacell.store.scdl_command import register_scdl
 
@@ -20,11 +22,14 @@ def register(commands: Any) -> None:
     register_compact(commands)
     register_scdl(commands)
     register_bench(commands)
+    register_doctor(commands)
+    register_completion(commands)
     info = commands.add_parser("info", help="say what a cell store holds")
     info.add_argument("store", metavar="STORE")
     info.add_argument("--duplicates", action="store_true", help="count exact copies of cells, by pair of sources")
     info.add_argument("--json", action="store_true", help="print it as JSON")
-    info.set_defaults(run=run_info)
+    info.add_argument("--html", type=Path, metavar="FILE", help="write it as a page with charts instead")
+    info.set_defaults(run=run_info, sections=[])
     verify = commands.add_parser("verify", help="check every byte of a cell store")
     verify.add_argument("store", metavar="STORE")
     verify.set_defaults(run=run_verify)
@@ -35,7 +40,14 @@ def register(commands: Any) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Print what the manifest says."""
+    """Print what the manifest says, or write it as a page."""
+    if args.html:
+        from megacell.store.cells import CellStore
+        from megacell.store.store_page import write_page
+
+        write_page(CellStore.open(args.store), args.html, args.sections, args)
+        print(f"{args.html}: {args.html.stat().st_size / 2**10:,.0f} KiB")
+        return 0
     from dataclasses import asdict
 
     from megacell.store.duplicates import duplicates_of

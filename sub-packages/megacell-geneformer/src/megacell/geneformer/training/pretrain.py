@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from megacell.geneformer.training import device, launch, settings
+from megacell.geneformer.training import device, launch, loggers, settings
 from megacell.store.errors import UsageError
 
 
@@ -14,6 +14,7 @@ def main(overrides: list[str]) -> int:
     """Run ``megacell pretrain``; returns its exit code: 0, or 75 if a signal ended it after a save."""
     cfg = settings.compose(overrides)
     check_paths(cfg)
+    loggers.check(cfg)
     settings.check_ranks(cfg, launch.world_size(cfg.devices))
     if cfg.devices > 1 and not launch.started_by_launcher():
         return launch.launch(cfg.devices, overrides)
@@ -61,7 +62,7 @@ def train(cfg: DictConfig) -> int:
         trainer,
         {
             "explicit_log_dir": str(Path(cfg.out).resolve() / "logs"),  # it moves aside what else lies in there
-            "create_tensorboard_logger": cfg.logger.tensorboard,
+            **loggers.options(cfg, first=run.first),
             "create_checkpoint_callback": False,
             "create_preemption_callback": False,
             "resume_if_exists": False,
@@ -69,6 +70,7 @@ def train(cfg: DictConfig) -> int:
             "seconds_to_sleep": 0,
         },
     )
+    loggers.tell_options(cfg, trainer)
     module = GeneformerModel(
         OmegaConf.create({"network": run.network.to_dict(), "precision": cfg.precision}), trainer, run
     )

@@ -25,6 +25,7 @@ from megacell.geneformer.training import checkpoint, launch, settings
 from megacell.geneformer.training.data import TrainingData, fit_frequencies, frequency_losses, save_frequencies
 from megacell.geneformer.training.engine import StepResult
 from megacell.geneformer.training.metrics import SUMS, Measure, MetricsFile, Screen
+from megacell.geneformer.training.run_readme import write_readme
 from megacell.store.errors import DataError
 
 
@@ -65,6 +66,7 @@ class Run:
             shutil.copytree(self.cfg.vocabulary, self.out / "vocabulary", dirs_exist_ok=True)
             whole = {name: str(Path(self.cfg[name]).resolve()) for name in ("store", "vocabulary")}
             OmegaConf.save(OmegaConf.merge(self.cfg, whole, {"resume": False}), self.out / settings.SAVED)
+        write_readme(self.out, self.cfg, self.data)
 
     @cached_property
     def frequency(self) -> TokenFrequency:
@@ -218,8 +220,8 @@ class Run:
         if not row:
             return
         self.metrics.write(row)
-        if module.logger is not None:
-            module.logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=self.step)
+        for logger in module.trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=self.step)
         if "held_out_loss" in row:
             self.screen.line(
                 f"step {self.step}: held-out loss {row['held_out_loss']:.3f} nats (gene frequency "
