@@ -27,7 +27,7 @@ from measuring import REPEATS, child, medians
 
 from megacell.store import cli
 from megacell.store.convert_command import table
-from megacell.store.machine import where_and_when
+from megacell.store.measured_on import where_and_when
 
 Figures = dict[str, Any]
 BLOCKS = ((1, 2048), (64, 64), (256, 32))  # of annbatch: cells a block, blocks held at a time

@@ -22,7 +22,7 @@ from megacell.geneformer.order import share_out
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError
-from megacell.store.machine import where_and_when
+from megacell.store.measured_on import where_and_when
 
 GLOBAL_BATCH, TOKEN_BUDGET = 512, 65_536
 REFERENCE_CELLS = 512

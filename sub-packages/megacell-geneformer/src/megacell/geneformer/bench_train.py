@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from megacell.geneformer.training import settings
 from megacell.store.errors import DataError
-from megacell.store.machine import where_and_when
+from megacell.store.measured_on import where_and_when
 
 ENDLESS = 1_000_000  # steps; a signal ends the run
 PEAKS = {  # dense 16-bit TFLOP/s as the vendor states them, by a part of the GPU's name

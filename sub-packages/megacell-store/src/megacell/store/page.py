@@ -26,7 +26,8 @@ svg text { font: 11px system-ui, "Liberation Sans", Arial, sans-serif; fill: #33
 .axis { stroke: #333; fill: none; }
 .reference { stroke: #555; stroke-width: 1.5; fill: none; }
 .line { stroke-width: 1.6; fill: none; stroke-linejoin: round; }
-.keys { list-style: none; margin: 2px 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 0.87em; }
+.keys { list-style: none; margin: 2px 0 0; padding: 0; font-size: 0.87em; }
+.keys { display: flex; flex-wrap: wrap; gap: 2px 16px; }
 .key { width: 24px; height: 10px; margin-right: 6px; vertical-align: middle; display: inline-block; }
 .key.dot { width: 10px; }
 table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-nums; }
