@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run by test_tokenize.py: kills `tokenize` at each of its steps, twice in a row, and compares what the third makes.
 
-Usage: kill_tokenize.py STORE VOCABULARY FOLDER. Each run is a forked child. Prints the numbers of kills, and of runs that
-found files there; exits 1 with a message at the first directory of other bytes.
+Usage: kill_tokenize.py STORE VOCABULARY FOLDER. Each run is a forked child. Prints the numbers of kills, and of
+runs that found files there; exits 1 with a message at the first directory of other bytes.
 """
 
 import json

@@ -45,6 +45,7 @@ def _register_vocabulary(commands: Any) -> None:
         "--split-by", default="auto", help="auto, cell, source or a column of obs (default: %(default)s)"
     )
     build.add_argument("--holdout", type=float, default=0.1, help="share of cells to hold out (default: %(default)s)")
+    build.add_argument("--test", type=float, default=0.0, help="share of cells kept for a test (default: %(default)s)")
     build.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
     build.add_argument("--name", help="default: the store's")
     build.set_defaults(run=_build)
@@ -73,7 +74,7 @@ def _build(args: argparse.Namespace) -> int:
     from megacell.store import CellStore
 
     refuse_existing(args.out)
-    settings = SplitSettings(by=args.split_by, holdout=args.holdout, seed=args.seed)
+    settings = SplitSettings(by=args.split_by, holdout=args.holdout, seed=args.seed, test=args.test)
     vocabulary, lines = build_vocabulary(
         CellStore.open(args.store), settings, min_cells=args.min_cells, allow_subset=args.allow_subset, name=args.name
     )
