@@ -57,6 +57,10 @@ class CellSet:
         _select(self.bits, self._before, places, cells)
         return cells
 
+    def __and__(self, other: "CellSet") -> "CellSet":
+        """Return the cells that are in both sets of one store."""
+        return CellSet(self.bits & other.bits)
+
     def having(self, lengths: np.ndarray) -> "CellSet":
         """Return the cells of the set whose length (integers [cells]) is above zero."""
         bits = np.empty_like(self.bits)

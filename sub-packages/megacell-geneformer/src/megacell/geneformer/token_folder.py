@@ -197,9 +197,9 @@ def _cut(indptr: np.ndarray, tokens: np.ndarray, cu_lengths: np.ndarray, suffix:
             place[kept - suffix :] = row[len(row) - suffix :]
 
 
-def open_cells(path: str | Path, vocabulary: Vocabulary) -> Any:
-    """Open a cell store or, in its place, a tokenised corpus."""
-    return TokenFolder.open(path, vocabulary) if TokenFolder.is_one(path) else CellStore.open(path)
+def open_cells(path: str | Path, vocabulary: Vocabulary, generation: int | None = None) -> Any:
+    """Open a cell store, at its newest generation or an earlier one, or, in its place, a tokenised corpus."""
+    return TokenFolder.open(path, vocabulary) if TokenFolder.is_one(path) else CellStore.open(path, generation)
 
 
 def encoder_for(store: Any, vocabulary: Vocabulary, max_length: int | None = None) -> RankEncoder:
