@@ -237,6 +237,10 @@ def _register_evaluate(commands: Any) -> None:
     parser.add_argument("store", type=Path, metavar="STORE")
     parser.add_argument("--by", metavar="COLUMN", help="also by the values of an obs column")
     parser.add_argument("--cells", type=int, default=2000, help="most held-out cells (default: %(default)s)")
+    parser.add_argument(
+        "--split", choices=["validation", "test"], default="validation",
+        help="test: the cells that data.split.test kept from the run (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--allow-low-coverage", action="store_true", help="take a store of under 25 %% of the genes")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.set_defaults(run=_evaluate)
@@ -246,7 +250,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     _quiet()
     from megacell.geneformer.evaluate import evaluate
 
-    result = evaluate(args.model, args.store, by=args.by, cells=args.cells, allow_low_coverage=args.allow_low_coverage)
+    result = evaluate(
+        args.model, args.store, by=args.by, cells=args.cells, side=args.split,
+        allow_low_coverage=args.allow_low_coverage,
+    )  # fmt: skip
     print(result.to_json() if args.json else result.table())
     return 0
 
