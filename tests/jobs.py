@@ -234,3 +234,20 @@ def losses_of_tiny(steps: int, **changes) -> list[float]:
             )
             losses.append(result.loss_sum / result.masked)
         return losses
+
+
+def agree(*digests: str) -> str:
+    """Check that the ranks see one store, of which each has opened another generation; return what is said."""
+    from types import SimpleNamespace
+
+    import torch
+    import torch.distributed as dist
+
+    from megacell.geneformer.training.recorded import check_ranks_agree
+    from megacell.store.errors import DataError
+
+    try:
+        check_ranks_agree(SimpleNamespace(path="cells.store", digest=digests[dist.get_rank()]), torch.device("cpu"))
+    except DataError as error:
+        return str(error)
+    return "agreed"

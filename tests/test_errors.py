@@ -258,6 +258,11 @@ PRETRAIN = {
     "an experiment without what was not published": (
         ("{both}", "experiment=geneformer_v2_38m"), ("steps=", "must be given"),
     ),
+    "an unknown order of cells": (("{both}", "data.order=random"), ("data.order=random", "shuffled, blocks")),
+    "balance and blocks at once": (
+        ("{both}", "data.order=blocks", "data.balance=cell_type"), ("data.balance=cell_type", "data.order=blocks"),
+    ),
+    "a share of masks above one": (("{both}", "data.masking.rate=2"), ("rate is 2", "0 to 1")),
     "nothing to resume": (("{both}", "resume=true"), ("no run to resume", "resume=true")),
 }  # fmt: skip
 

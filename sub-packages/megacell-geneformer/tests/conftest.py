@@ -59,6 +59,10 @@ class StoreInMemory:
     def obs_column(self, name):
         return self.obs[name]
 
+    def obs_slice(self, columns=None, start=0, stop=None):
+        frame = self.obs[self.obs_columns if columns is None else list(columns)].iloc[start:stop]
+        return frame.set_axis(range(start, start + len(frame)))
+
     def gather(self, cells, empty=None):
         block = self.matrix[np.asarray(cells)]
         block.sort_indices()

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches: packed as they say, the same cells and tokens for any number of ranks, at any step, in any thread."""
 
-import threading
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -132,7 +130,7 @@ def test_a_step_is_the_same_whenever_and_wherever_it_is_made(stream):
     first = stream()
     in_a_row = [cells_in(first.step(k)) for k in range(30)]
     assert [cells_in(stream().step(k)) for k in reversed(range(30))] == in_a_row[::-1]
-    with stream().prefetched(12, 30) as ahead:
+    with stream().prefetched(12, 30, threads=1, depth=2) as ahead:
         assert [cells_in(batches) for batches in ahead] == in_a_row[12:]
 
 
@@ -195,7 +193,7 @@ class TestValidation:
         assert sorted(len(share) for share in shares) == [0, 1, 1, 1]
 
     def test_prefetching_ends_with_the_cells(self, stream):
-        with stream(validation=True).prefetched(0) as ahead:
+        with stream(validation=True).prefetched(0, threads=1, depth=2) as ahead:
             assert len(list(ahead)) == 12
 
 
@@ -238,73 +236,3 @@ def test_lengths_of_another_vocabulary_are_noticed(stream):
     wrong = np.full(200, 7, np.uint16)
     with pytest.raises(DataError, match=r"step 0, cells \d+, .*: their lengths are not those recorded"):
         stream(lengths=wrong).step(0)
-
-
-class TestPrefetching:
-    """The thread in the background."""
-
-    @staticmethod
-    def threads():
-        return {thread.name for thread in threading.enumerate() if thread.name.startswith("megacell-batches")}
-
-    def test_closing_leaves_no_thread_behind(self, stream):
-        ahead = stream().prefetched(0)
-        next(ahead)
-        assert self.threads()
-        ahead.close()
-        assert not self.threads()
-        ahead.close()  # again does no harm
-        assert list(ahead) == []
-
-    def test_the_end_leaves_no_thread_behind(self, stream):
-        assert len(list(stream().prefetched(0, 3))) == 3
-        assert not self.threads()
-
-    def test_an_error_reaches_the_consumer_with_the_cells_and_leaves_no_thread(self, stream, store, monkeypatch):
-        working = stream()
-        poisoned = int(working.step(2)[1].cells[0])
-        gather = store.gather
-
-        def fail(cells, **_):
-            if poisoned in cells:
-                raise OSError("unreadable page")
-            return gather(cells)
-
-        monkeypatch.setattr(store, "gather", fail)
-        ahead = working.prefetched(0, 10, depth=4)
-        assert cells_in(next(ahead))
-        assert cells_in(next(ahead))
-        with pytest.raises(DataError, match=rf"step 2, cells {poisoned}: unreadable page"):
-            next(ahead)
-        assert not self.threads()
-
-    def test_waiting_is_measured(self, stream, store, monkeypatch):
-        gather = store.gather
-
-        def slow(cells, **_):
-            time.sleep(0.05)
-            return gather(cells)
-
-        working = stream(token_budget=1000)
-        monkeypatch.setattr(store, "gather", slow)
-        with working.prefetched(0, 3, depth=1) as ahead:
-            assert ahead.wait_seconds == 0
-            for _ in ahead:
-                pass
-            assert ahead.wait_seconds > 0.04
-
-    def test_steps_are_made_ahead(self, stream, store, monkeypatch):
-        made = []
-        gather = store.gather
-        monkeypatch.setattr(store, "gather", lambda cells, **_: made.append(len(cells)) or gather(cells))
-        working = stream(token_budget=1000)
-        made.clear()
-        with working.prefetched(0, depth=3):
-            deadline = time.monotonic() + 30
-            while len(made) < 3 and time.monotonic() < deadline:
-                time.sleep(0.01)
-        assert len(made) == 3
-
-    def test_a_depth_of_zero_is_refused(self, stream):
-        with pytest.raises(UsageError, match="depth"):
-            stream().prefetched(0, depth=0)

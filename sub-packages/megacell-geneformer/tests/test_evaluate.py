@@ -2,6 +2,7 @@
 """Evaluation sees the masked genes of training's validation, and its baselines are training's own."""
 
 import re
+import shutil
 
 import anndata as ad
 import numpy as np
@@ -13,12 +14,15 @@ from megacell.geneformer.evaluate import PREDICTORS, Evaluation, evaluate
 from megacell.geneformer.interchange.nemo import save
 from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.medians import build_vocabulary
-from megacell.geneformer.split import SplitSettings
+from megacell.geneformer.split import SplitSettings, split_cells
+from megacell.geneformer.tokenize import tokenize
 from megacell.geneformer.training.data import TrainingData, fit_frequencies, frequency_losses
+from megacell.geneformer.training.recorded import store_record
 from megacell.store import CellStore, convert
 from megacell.store.errors import DataError, UsageError
 
 CELLS, GENES, BATCH, SEED = 80, 300, 8, 3
+EVERY_CELL = {"where": None, "exclude": None, "balance": None, "order": "shuffled"}
 SPLIT = {"by": "plate", "holdout": 0.2, "seed": 1}
 
 
@@ -66,6 +70,20 @@ def model(folder, store, vocabulary, model_for):
     return folder / "model.nemo"
 
 
+@pytest.fixture
+def model_with(store, vocabulary, model_for, tmp_path):
+    """Make the same model with more said of its run."""
+
+    def make(record=None, **data):
+        told = {"split": SPLIT, "masking": {"rate": 0.15, "mask": 0.8, "random": 0.1}, "seed": SEED, **data}
+        provenance = {"step": 0, "data": told, "store": record or store_record(store)}
+        path = tmp_path / f"model{len(list(tmp_path.iterdir()))}.nemo"
+        save(model_for(vocabulary, provenance=provenance, max_length=128), path)
+        return path
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def training(folder, store, vocabulary):
     """The same cells as a training run opens them."""
@@ -74,7 +92,7 @@ def training(folder, store, vocabulary):
         OmegaConf.create({
             "store": str(store.path), "vocabulary": str(folder / "vocabulary"), "seed": SEED,
             "model": {"max_length": 128}, "batch": {"cells": BATCH, "tokens": 2048}, "validation": {"cells": 2000},
-            "data": {"split": SPLIT, "masking": vars(MaskSettings()), "allow_low_coverage": False},
+            "data": {**EVERY_CELL, "split": SPLIT, "masking": vars(MaskSettings()), "allow_low_coverage": False},
         })
     )  # fmt: skip
 
@@ -131,6 +149,50 @@ def test_fractional_counts_have_no_arithmetic_and_the_rest_stands(folder, counts
     assert found.rows[0]["cells"] == result.rows[0]["cells"]
     assert np.isfinite(found.rows[0]["frequency"][0])
     assert "not defined" in found.table().splitlines()[2]
+
+
+def test_the_test_is_of_the_cells_that_were_kept_for_it(model_with, store, result):
+    model = model_with(split={**SPLIT, "test": 0.3})
+    sides = split_cells(store, SplitSettings(**SPLIT, test=0.3))
+    found = evaluate(model, store.path, side="test")
+    assert found.split.startswith("test cells; split by plate")
+    assert found.rows[0]["cells"] == sides.test.sum() == 24
+    assert found.fitted_cells == sides.train.sum() == 40
+    assert evaluate(model, store.path).rows[0]["model"] == result.rows[0]["model"]  # validation is what it was
+    with pytest.raises(DataError, match=r"no cells held out.*test cells"):
+        evaluate(model_with(), store.path, side="test")
+
+
+def test_cells_that_the_run_left_out_are_left_out(model_with, store):
+    found = evaluate(model_with(choice={"where": "kind == 'a'", "exclude": None}), store.path, by="kind")
+    assert [row["group"] for row in found.rows] == ["all", "a"]
+
+
+def test_a_store_that_has_grown_is_taken_as_the_run_saw_it(model_with, folder, store, result, tmp_path):
+    shutil.copytree(store.path, tmp_path / "grown")
+    cells = ad.read_h5ad(folder / "umi" / "cells.h5ad")
+    cells.obs["plate"] = [f"new{i % 10}" for i in range(CELLS)]
+    cells.write_h5ad(tmp_path / "more.h5ad")
+    convert(tmp_path / "more.h5ad", tmp_path / "grown", append=True, allow_subset=True)
+    found = evaluate(model_with(), tmp_path / "grown", by="kind")
+    assert found.rows == result.rows
+    assert "as of generation 1, before the store grew" in found.split
+
+
+def test_another_store_is_taken_whole_and_said_to_be_another(model_with, store, result):
+    record = {**store_record(store), "digest": "0" * 16}
+    found = evaluate(model_with(record, choice={"where": "colour == 'red'", "exclude": None}), store.path)
+    assert found.rows[0] == result.rows[0]
+    assert "not the cells of the model's own run" in found.split
+
+
+def test_of_a_tokenised_corpus_all_is_the_same_but_for_what_needs_counts(model_with, store, vocabulary, tmp_path):
+    tokenize(store, vocabulary, tmp_path / "corpus", max_length=128)
+    found, counted = (evaluate(model_with(), path, cells=8) for path in (tmp_path / "corpus", store.path))
+    assert found.rows[0]["count_arithmetic"] is None
+    assert "count arithmetic is not defined here: tokens tell no counts" in found.split
+    assert found.rows[0]["cells"] == counted.rows[0]["cells"] == 8
+    assert np.isfinite(found.rows[0]["model"]).all()
 
 
 def test_the_table_has_a_line_a_group_and_four_losses():

@@ -50,12 +50,12 @@ class TestChoosing:
     """Cells by their metadata."""
 
     def test_values_are_taken_in_and_left_out(self, store):
-        chosen = choose_cells(store, include={"source": ["y"]}, exclude={"donor_id": ["a", "c"]})
+        chosen = choose_cells(store, 'source == "y"', exclude={"donor_id": ["a", "c"]})
         assert chosen[:].tolist() == [*range(200, 260), *range(290, 300)]
 
     def test_the_choice_is_mapped_from_the_cache_the_second_time(self, store, cache, monkeypatch):
         first = choose_cells(store, exclude={"donor_id": ["a"]})[:]
-        monkeypatch.setattr(store, "obs_column", None)
+        monkeypatch.setattr(store, "obs_slice", None)
         again = choose_cells(store, exclude={"donor_id": ["a"]})
         assert isinstance(again.bits, np.memmap)
         assert np.array_equal(again[:], first)
@@ -66,7 +66,20 @@ class TestChoosing:
 
     def test_a_choice_of_nothing_is_refused(self, store):
         with pytest.raises(DataError, match="no cell is left"):
-            choose_cells(store, include={"source": ["x"], "donor_id": ["c"]})
+            choose_cells(store, "source == 'x' and donor_id == 'c'")
+
+    @pytest.mark.parametrize(
+        ("choice", "message"),
+        [
+            ({"exclude": {"colour": ["red"]}}, "no obs column 'colour'; there are source, donor_id"),
+            ({"where": "colour == 'red'"}, "name 'colour' is not defined.*columns are source, donor_id"),
+            ({"where": "donor_id"}, "is no condition on cells"),
+        ],
+        ids=["a column to exclude", "a column of the query", "a query that is none"],
+    )
+    def test_a_choice_that_cannot_be_meant_is_refused(self, choice, message, store):
+        with pytest.raises(UsageError, match=message):
+            choose_cells(store, **choice)
 
     def test_a_stream_over_a_set_is_that_over_the_array(self, store, vocabulary_for):
         vocabulary = vocabulary_for(20)

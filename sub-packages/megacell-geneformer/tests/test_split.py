@@ -135,7 +135,57 @@ def test_a_level_that_was_asked_for_is_taken_or_refused(cells_of):
         split_cells(store, SplitSettings(by="tissue"))
 
 
-@pytest.mark.parametrize("wrong", [{"holdout": 1.0}, {"holdout": -0.1}, {"seed": -1}, {"seed": 2**64}], ids=str)
+@pytest.mark.parametrize("by", ["donor_id", "cell"])
+def test_a_test_is_taken_from_the_cells_to_train_on_and_changes_no_validation(by, cells_of):
+    store = cells_of(2000, donors=[f"d{i % 50}" for i in range(2000)])
+    without, with_test = (split_cells(store, SplitSettings(by=by, test=share)) for share in (0.0, 0.2))
+    assert not without.test.any()
+    assert np.array_equal(with_test.validation, without.validation)
+    assert np.array_equal(with_test.train | with_test.test, without.train)
+    assert not (with_test.train & with_test.test).any()
+    assert 0.16 < with_test.test.mean() < 0.24  # five standard deviations by cell
+    assert f"{with_test.test.sum():,} kept for the test" in with_test.line
+    assert "test" not in without.line
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=3, max_size=30), holdout=st.floats(0.02, 0.4),
+    test=st.floats(0.02, 0.4), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_no_donor_is_on_two_of_three_sides_and_each_has_its_share(sizes, holdout, test, seed, made_up):
+    donors = np.repeat([f"d{i}" for i in range(len(sizes))], sizes)
+    counts = 1 + np.arange(sum(sizes))[:, None] * [[1, 7]]
+    split = split_cells(made_up(counts, donors=donors), SplitSettings(holdout=holdout, test=test, seed=seed))
+    sides = [split.train, split.validation, split.test]
+    assert (np.sum(sides, axis=0) == 1).all()
+    if split.by == "donor_id":
+        found = [set(donors[side]) for side in sides]
+        assert sum(map(len, found)) == len(set(donors))
+        assert holdout / 2 <= split.validation.mean() <= 2 * holdout
+        assert test / 2 <= split.test.mean() <= 2 * test
+
+
+def test_equal_cells_are_on_one_of_three_sides(made_up):
+    counts = np.random.default_rng(0).integers(1, 4, (600, 4))  # 81 different cells
+    for by in ("donor_id", "cell"):
+        store = made_up(counts, donors=[f"d{i % 60}" for i in range(600)])
+        split = split_cells(store, SplitSettings(by=by, holdout=0.1, test=0.1))
+        found = [set(store.cell_hash[side].tolist()) for side in (split.train, split.validation, split.test)]
+        assert all(found[1:]) or by == "donor_id"
+        assert sum(map(len, found)) == len(set.union(*found))
+
+
+def test_settings_are_kept_by_name_and_a_test_of_none_is_left_out():
+    assert SplitSettings().to_dict() == {"by": "auto", "holdout": 0.1, "seed": 0}  # as vocabularies have it
+    for settings in (SplitSettings(), SplitSettings("cell", 0.2, 3, 0.1)):
+        assert SplitSettings(**settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"holdout": 1.0}, {"holdout": -0.1}, {"test": 1.0}, {"holdout": 0.6, "test": 0.4}, {"seed": -1}, {"seed": 2**64}],
+    ids=str,
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UsageError, match="split"):
         SplitSettings(**wrong)

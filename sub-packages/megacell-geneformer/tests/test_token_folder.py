@@ -42,7 +42,7 @@ def test_batches_are_those_of_the_store_but_for_the_cells_numbers(
     vocabulary = vocabulary_for(20, specials=specials)
     tokenize(store, vocabulary, tmp_path / "corpus", cells_a_file=50)
     corpus = open_cells(tmp_path / "corpus", vocabulary)
-    numbers = np.asarray(corpus.obs_column("cell"))
+    numbers = np.asarray(corpus.obs_slice()["cell"])
     settings = {"max_length": max_length, "global_batch": 16, "token_budget": 200, "seed": 4, "validation": True}
     streams = [
         BatchStream(source, vocabulary, cells, token_lengths(source, vocabulary), **settings)
@@ -83,7 +83,7 @@ def test_a_corpus_is_split_by_its_own_columns_or_by_its_cells(store, vocabulary_
     corpus = TokenFolder.open(tmp_path / "corpus", vocabulary)
     split = split_cells(corpus, SplitSettings(holdout=0.2))
     assert split.by == "donor_id"
-    donors = corpus.obs_column("donor_id").to_numpy()
+    donors = corpus.obs_slice(["donor_id"])["donor_id"].to_numpy()
     assert not set(donors[split.train]) & set(donors[split.validation])
     plain = TokenFolder.open(write(tmp_path / "plain", [[2, g, 3] for g in range(4, 24)] * 2), vocabulary)
     split = split_cells(plain, SplitSettings(holdout=0.3))

@@ -2,8 +2,12 @@
 """The Hugging Face directory: its layout as `datasets` reads it, every cell in it, and the same after any stop."""
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -12,7 +16,7 @@ import pytest
 from megacell.geneformer import tokenize as module
 from megacell.geneformer.ranking import rank_encode
 from megacell.geneformer.tokenize import tokenize
-from megacell.store import cli
+from megacell.store import cli, convert
 from megacell.store.errors import DataError, UsageError
 
 
@@ -135,3 +139,20 @@ def test_the_command_writes_real_cells(real_store, real_cells, published, tmp_pa
     tokens, cu = rank_encode(counts, ids, published["V2"])
     assert table["input_ids"][:1100].to_pylist() == [tokens[a:b].tolist() for a, b in pairwise(cu)]
     assert table["cell_type"].to_pylist()[:5] == real_store.obs["cell_type"].astype(object).tolist()[:5]
+
+
+def test_killed_at_any_step_it_goes_on_to_the_same_bytes(vocabulary_for, tmp_path):
+    draw = np.random.default_rng(0)
+    counts = draw.poisson(20 * draw.lognormal(0, 0.7, (100, 20))).astype(np.float32)
+    var = pd.DataFrame(index=[f"ENSG{g:011d}" for g in range(20)])
+    obs = pd.DataFrame({"kind": pd.Categorical(["a", None] * 50), "age": range(100)}, [f"c{i}" for i in range(100)])
+    anndata.AnnData(counts, obs=obs, var=var).write_h5ad(tmp_path / "cells.h5ad")
+    convert(tmp_path / "cells.h5ad", tmp_path / "store", allow_subset=True)
+    vocabulary_for(20).save(tmp_path / "vocabulary")
+    script = Path(__file__).with_name("kill_tokenize.py")
+    words = [sys.executable, script, tmp_path / "store", tmp_path / "vocabulary", tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] > 60
+    assert found["taken_up"] > 10

@@ -7,6 +7,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from megacell.store import CellStore, convert
+from megacell.store.errors import DataError
 
 NAMES = [f"c{i}" for i in range(60)]
 
@@ -90,6 +91,31 @@ def test_one_column_is_read_without_the_others(store_of):
     assert store.obs_columns == ["a", "b", "source"]
     for name in store.obs_columns:
         pd.testing.assert_series_equal(store.obs_column(name), store.obs[name])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 120), (50, 70), (60, 61), (7, 7), (0, 0), (120, 120)])
+def test_a_slice_is_that_of_all_metadata_with_numbers_for_names(start, stop, store_of):
+    store = store_of(
+        frame(a=[1, 2], c=["x", "y", None]), frame(b=["u", "v"], a=[True, False]), frame(a=[3, None]), together=False
+    )
+    for columns in (None, ["a"], ["source", "c"]):
+        found = store.obs_slice(columns, start, stop)
+        expected = store.obs[store.obs_columns if columns is None else [c for c in store.obs_columns if c in columns]]
+        assert found.index.tolist() == list(range(start, stop))
+        expected = expected.iloc[start:stop].set_axis(found.index)
+        pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+        assert (found.dtypes == "category").equals(expected.dtypes == "category")
+
+
+def test_a_slice_reads_no_shard_beside_and_no_names(store_of, monkeypatch):
+    store, asked = store_of(frame(a=[1]), frame(a=[2]), frame(a=[3]), together=False), []
+    real = CellStore._obs_table
+    monkeypatch.setattr(CellStore, "_obs_table", lambda *args: asked.append(args[1:]) or real(*args))
+    assert store.obs_slice(["a"], 60, 120)["a"].tolist() == [2] * 60
+    assert [names for _, names in asked] == [["a"]] * len({shard for shard, _ in asked})
+    assert len(asked) < len(store.manifest.shards)
+    with pytest.raises(DataError, match="no cells 0 to 181; there are 180"):
+        store.obs_slice(None, 0, 181)
 
 
 def test_repeated_cell_names_and_numbers_as_names_are_kept(store_of):

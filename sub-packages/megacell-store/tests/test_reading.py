@@ -61,7 +61,7 @@ def test_a_query_reads_no_column_that_it_does_not_name(store, monkeypatch):
     assert set(asked) == {"_index", "age"}
 
 
-@pytest.mark.parametrize("query", ["tissu == 'lung'", "age", "age >", "@np.ones(60)"])
+@pytest.mark.parametrize("query", ["tissu == 'lung'", "age", "tissue", "age >", "@np.ones(60)"])
 def test_a_wrong_query_is_wrong_usage(query, store):
     with pytest.raises(UsageError, match="the query"):
         store.select(query)

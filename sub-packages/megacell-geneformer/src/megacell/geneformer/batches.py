@@ -5,10 +5,6 @@
 follow from the seed alone, so a run may be resumed at any step, and with another number of ranks.
 """
 
-import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +12,7 @@ import numpy as np
 from megacell.geneformer.buffers import Pool, WorkingRoom
 from megacell.geneformer.cell_sets import CellSet
 from megacell.geneformer.compiling import compiled
+from megacell.geneformer.loader import Prefetched
 from megacell.geneformer.masking import TRAINING, VALIDATION, MaskSettings, Rules, mask_cells, stream_key
 from megacell.geneformer.order import Order, Shuffled, global_batch, micro_batches, share_out
 from megacell.geneformer.ranking import RankEncoder, RowsOfStore
@@ -325,8 +322,8 @@ class BatchStream:
 
     def _micro_batch(self, k: int, cells: np.ndarray, epochs: np.ndarray, lengths: np.ndarray) -> MicroBatch:
         stream = VALIDATION if self.validation else TRAINING
-        first, last = int(epochs.min()), int(epochs.max())
-        keys = np.stack([stream_key(self.seed, epoch, stream) for epoch in range(first, last + 1)])[epochs - first]
+        different, which = np.unique(epochs, return_inverse=True)
+        keys = np.stack([stream_key(self.seed, epoch, stream) for epoch in different.tolist()])[which]
         try:
             batch = self._packer.pack(self._packer.gather(self.store, cells), cells, keys)
             if not np.array_equal(np.diff(batch.cu_seqlens)[: len(cells)], lengths):
@@ -349,67 +346,18 @@ class BatchStream:
                 failing.append(cell)
         return failing or cells.tolist()
 
-    def prefetched(self, first: int, last: int | None = None, depth: int = 2) -> "Prefetched":
+    def prefetched(
+        self, first: int, last: int | None = None, *, threads: int, depth: int
+    ) -> Prefetched[list[MicroBatch]]:
         """Return an iterator over the micro-batches of steps first … last - 1 (endless without last), made ahead.
 
         Parameters
         ----------
         first, last : int
             Steps of this stream; a validation ends by itself.
-        depth : int, default 2
-            Steps made ahead, by one thread in the background; the compiled passes hold no lock on the interpreter.
+        threads, depth : int
+            Threads in the background, and how many steps each is ahead; see `Prefetched`.
         """
         if self.validation:
             last = self.steps_per_epoch if last is None else min(last, self.steps_per_epoch)
-        return Prefetched(self, first, last, depth)
-
-
-class Prefetched(Iterator[list[MicroBatch]]):
-    """Iterator over steps made ahead; a context manager that leaves no thread behind.
-
-    Attributes
-    ----------
-    wait_seconds : float
-        How long the consumer has waited for a step so far.
-    """
-
-    def __init__(self, stream: BatchStream, first: int, last: int | None, depth: int) -> None:
-        if depth < 1:
-            raise UsageError(f"prefetch depth {depth}: give 1 or more")
-        self.wait_seconds = 0.0
-        self._stream, self._next, self._last = stream, first, last
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="megacell-batches")
-        self._ahead: deque[Future[list[MicroBatch]]] = deque()
-        for _ in range(depth):
-            self._submit()
-
-    def _submit(self) -> None:
-        if self._last is None or self._next < self._last:
-            self._ahead.append(self._pool.submit(self._stream.step, self._next))
-            self._next += 1
-
-    def __next__(self) -> list[MicroBatch]:
-        if not self._ahead:
-            self.close()
-            raise StopIteration
-        start = time.perf_counter()
-        try:
-            batches = self._ahead.popleft().result()
-        except BaseException:
-            self.close()
-            raise
-        self.wait_seconds += time.perf_counter() - start
-        self._submit()
-        return batches
-
-    def close(self) -> None:
-        """Drop what was made ahead and wait for the thread to end; may be called again."""
-        self._ahead.clear()
-        self._last = self._next
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> "Prefetched":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return Prefetched(self.step, first, last, threads=threads, depth=depth)

@@ -107,7 +107,7 @@ def _lengths(cfg: DictConfig) -> tuple[np.ndarray, int]:
 
     data = TrainingData.open(cfg)
     around = len(data.vocabulary.prefix) + len(data.vocabulary.suffix)
-    return np.minimum(data.lengths[data.train].astype(np.int64) + around, cfg.model.max_length), data.vocabulary.size
+    return np.minimum(data.lengths[data.train[:]].astype(np.int64) + around, cfg.model.max_length), data.vocabulary.size
 
 
 def _ours(overrides: list[str], out: Path, devices: int, protocol: Protocol) -> dict[str, Any]:

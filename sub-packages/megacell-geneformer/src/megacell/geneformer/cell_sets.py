@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from megacell.geneformer.compiling import compiled
 from megacell.geneformer.lengths import cache_directory, keep, mapped
 from megacell.store import CellStore
 from megacell.store.errors import DataError, UsageError
+from megacell.store.filters import matching
 
 BLOCK = 64  # bytes of the bitmap between two entries of the directory
 CELLS_AT_ONCE = 1 << 22
@@ -54,6 +56,10 @@ class CellSet:
         cells = np.empty(len(places), np.int64)
         _select(self.bits, self._before, places, cells)
         return cells
+
+    def __and__(self, other: "CellSet") -> "CellSet":
+        """Return the cells that are in both sets of one store."""
+        return CellSet(self.bits & other.bits)
 
     def having(self, lengths: np.ndarray) -> "CellSet":
         """Return the cells of the set whose length (integers [cells]) is above zero."""
@@ -96,10 +102,9 @@ def _select(bits: np.ndarray, before: np.ndarray, places: np.ndarray, cells: np.
         cells[i] = at * 8 + bit
 
 
-Values = Mapping[str, Sequence[Any]]
-
-
-def choose_cells(store: CellStore, include: Values | None = None, exclude: Values | None = None) -> CellSet:
+def choose_cells(
+    store: CellStore, where: str | None = None, exclude: Mapping[str, Sequence[Any]] | None = None
+) -> CellSet:
     """Choose cells by their metadata.
 
     Worked out on the first call for a store's generation and a choice, then mapped from the cache.
@@ -107,44 +112,49 @@ def choose_cells(store: CellStore, include: Values | None = None, exclude: Value
     Parameters
     ----------
     store : CellStore
-    include : mapping of column to values, optional
-        A cell has to have one of the values in each of these columns of obs ("source" among them).
+    where : str, optional
+        A query that has to hold for a cell, as of `CellStore.select`: ``tissue == "lung" and age > 40``.
     exclude : mapping of column to values, optional
-        A cell must have none of the values in any of these. A cell without a value is not excluded.
+        A cell must have none of the values (compared as text) in any of these columns of obs, "source" among them. A
+        cell without a value is not excluded.
 
     Raises
     ------
     UsageError
-        A value that no cell has: most likely misspelt.
+        No such column, a query that cannot be evaluated, or a value that no cell has: most likely misspelt.
     DataError
-        No such column, or no cell is left.
+        No cell is left.
     """
-    choice = {"include": _listed(include), "exclude": _listed(exclude)}
-    name = hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()[:16]
+    values = {str(column): sorted(map(str, chosen)) for column, chosen in (exclude or {}).items()}
+    choice = json.dumps({"where": where, "exclude": values}, sort_keys=True)
+    name = hashlib.sha256(choice.encode()).hexdigest()[:16]
     path = cache_directory() / "cells" / f"{store.digest}-{name}.npy"
     bits = mapped(path, np.dtype(np.uint8), -(-len(store) // 8))
     if bits is None:
         mask = np.ones(len(store), bool)
-        for column, values in choice["include"].items():
-            mask &= _with(store, column, values)
-        for column, values in choice["exclude"].items():
-            mask &= ~_with(store, column, values)
+        if where is not None:
+            mask &= matching(where, store.obs_columns, store.obs_slice, str(store.path))
+        for column, excluded in values.items():
+            mask &= ~_with(store, column, excluded)
         bits = keep(path, np.packbits(mask, bitorder="little"))
     cells = CellSet(bits)
     if not len(cells):
-        raise DataError(f"{store.path}: no cell is left by {json.dumps(choice)}; choose others")
+        raise DataError(f"{store.path}: no cell is left by {choice}; choose others")
     return cells
 
 
-def _listed(values: Values | None) -> dict[str, list[str]]:
-    return {str(column): sorted(map(str, chosen)) for column, chosen in (values or {}).items()}
+def column_of(store: CellStore, name: str) -> pd.Series:
+    """Return a column of obs by the cells' numbers; UsageError names those there are."""
+    if name not in store.obs_columns:
+        raise UsageError(f"{store.path}: no obs column {name!r}; there are {', '.join(store.obs_columns)}")
+    return store.obs_slice([name])[name]
 
 
 def _with(store: CellStore, column: str, values: list[str]) -> np.ndarray:
-    """Return which cells have one of the values (compared as text), bool [cells]."""
-    present = store.obs_column(column)
-    text = present.astype(object).where(present.notna(), None).map(str, na_action="ignore")
-    if missing := sorted(set(values) - set(text.dropna().unique())):
+    """Return which cells have one of the values, bool [cells]."""
+    codes, present = pd.factorize(column_of(store, column))
+    text = [str(value) for value in present]
+    if missing := sorted(set(values) - set(text)):
         raise UsageError(f"{store.path}: no cell has {missing[0]!r} in obs column {column}; see `megacell info`")
-    chosen: np.ndarray = text.isin(values).to_numpy(bool)
+    chosen: np.ndarray = np.append(np.isin(text, values), False)[codes]  # code -1, of what is missing, is the last
     return chosen

@@ -50,6 +50,7 @@ def _register_vocabulary(commands: Any) -> None:
         "--split-by", default="auto", help="auto, cell, source or a column of obs (default: %(default)s)"
     )
     build.add_argument("--holdout", type=float, default=0.1, help="share of cells to hold out (default: %(default)s)")
+    build.add_argument("--test", type=float, default=0.0, help="share of cells kept for a test (default: %(default)s)")
     build.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
     build.add_argument("--name", help="default: the store's")
     build.set_defaults(run=_build)
@@ -78,7 +79,7 @@ def _build(args: argparse.Namespace) -> int:
     from megacell.store import CellStore
 
     refuse_existing(args.out)
-    settings = SplitSettings(by=args.split_by, holdout=args.holdout, seed=args.seed)
+    settings = SplitSettings(by=args.split_by, holdout=args.holdout, seed=args.seed, test=args.test)
     vocabulary, lines = build_vocabulary(
         CellStore.open(args.store), settings, min_cells=args.min_cells, allow_subset=args.allow_subset, name=args.name
     )
@@ -248,6 +249,10 @@ def _register_evaluate(commands: Any) -> None:
     parser.add_argument("store", type=Path, metavar="STORE")
     parser.add_argument("--by", metavar="COLUMN", help="also by the values of an obs column")
     parser.add_argument("--cells", type=int, default=2000, help="most held-out cells (default: %(default)s)")
+    parser.add_argument(
+        "--split", choices=["validation", "test"], default="validation",
+        help="test: the cells that data.split.test kept from the run (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--allow-low-coverage", action="store_true", help="take a store of under 25 %% of the genes")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.set_defaults(run=_evaluate)
@@ -257,7 +262,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     _quiet()
     from megacell.geneformer.evaluate import evaluate
 
-    result = evaluate(args.model, args.store, by=args.by, cells=args.cells, allow_low_coverage=args.allow_low_coverage)
+    result = evaluate(
+        args.model, args.store, by=args.by, cells=args.cells, side=args.split,
+        allow_low_coverage=args.allow_low_coverage,
+    )  # fmt: skip
     print(result.to_json() if args.json else result.table())
     return 0
 

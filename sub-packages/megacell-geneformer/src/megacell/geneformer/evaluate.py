@@ -15,15 +15,18 @@ import numpy as np
 import torch
 
 from megacell.geneformer.batches import BatchStream, MicroBatch
+from megacell.geneformer.cell_sets import CellSet
 from megacell.geneformer.count_arithmetic import CountArithmetic
 from megacell.geneformer.lengths import token_lengths
 from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.split import SplitSettings, split_cells
-from megacell.geneformer.training.data import gene_tokens, masked_ranks, some_of
-from megacell.geneformer.vocabulary import check_coverage
+from megacell.geneformer.token_folder import TokenFolder, open_cells
+from megacell.geneformer.training.data import cells_in_use, coverage_line, gene_tokens, masked_ranks, some_of
+from megacell.geneformer.training.recorded import open_recorded
 from megacell.store import CellStore
 from megacell.store.errors import DataError, UsageError
 
+SIDES = ("validation", "test")
 PREDICTORS = ("model", "frequency", "rank_frequency", "count_arithmetic")
 TITLES = ("model", "gene frequency", "frequency at that rank", "count arithmetic")
 BATCH_CELLS = 64
@@ -65,19 +68,28 @@ class Evaluation:
 
 
 def evaluate(
-    model_path: Path, store_path: Path, *, by: str | None = None, cells: int = 2000, allow_low_coverage: bool = False
+    model_path: Path,
+    store_path: Path,
+    *,
+    by: str | None = None,
+    cells: int = 2000,
+    side: str = SIDES[0],
+    allow_low_coverage: bool = False,
 ) -> Evaluation:
-    """Evaluate a model on the held-out cells of a store.
+    """Evaluate a model on the held-out cells of a store, or of a tokenised corpus.
 
     Parameters
     ----------
     model_path : Path
         .nemo file, run or checkpoint.
     store_path : Path
+        The one that the model was trained on is opened at the generation it had then.
     by : str, optional
         An obs column: also a row for each of its values.
     cells : int
         Most held-out cells.
+    side : str
+        "validation", or "test" for the cells that the model's run kept for it.
     allow_low_coverage : bool
         Take a store that measures under 25 % of the vocabulary's genes.
 
@@ -90,28 +102,44 @@ def evaluate(
 
     if cells < 1:
         raise UsageError(f"--cells {cells}: give at least 1")
-    store = CellStore.open(store_path)
+    model = open_model(model_path)
+    store, choice, words = _open(store_path, model)
     if by is not None and by not in store.obs_columns:
         raise UsageError(f"--by {by}: {store_path} has no such column; it has {', '.join(store.obs_columns)}")
-    model = open_model(model_path)
-    check_coverage(store.gene_ids, store.symbols, model.vocabulary, str(store_path), allow=allow_low_coverage)
+    coverage_line(store, model.vocabulary, allow=allow_low_coverage)
     data = model.cfg.provenance.data
-    split = split_cells(store, SplitSettings(**data.split))
-    lengths = token_lengths(store, model.vocabulary)
-    train, held_out = (np.flatnonzero(side & (lengths > 0)) for side in (split.train, split.validation))
+    split, lengths = split_cells(store, SplitSettings(**data.split)), token_lengths(store, model.vocabulary)
+    used = cells_in_use(store, lengths, **choice)
+    train, held_out = ((CellSet.of(each) & used)[:] for each in (split.train, getattr(split, side)))
+    line = f"{'test cells; ' if side == 'test' else ''}{split.line}{words}"
     if not len(train) or not len(held_out):
-        raise DataError(f"{store_path}: no cells held out, or none left to fit baselines on ({split.line})")
+        raise DataError(f"{store_path}: no cells held out, or none left to fit baselines on ({line})")
     streams = _Streams(store, model, lengths, data)
     train = some_of(train, FITTED_CELLS, data.seed)
     arithmetic, reason = _fit(streams.of(train), store, model)
     held_out = some_of(held_out, cells, data.split.seed)
     losses = _losses(streams.of(held_out), model, arithmetic, with_counts=not reason)
-    line = f"{split.line}; count arithmetic is not defined here: {reason}" if reason else split.line
+    if reason:
+        line += f"; count arithmetic is not defined here: {reason}"
     groups = {"all": np.ones(len(losses["cell"]), bool)}
     if by is not None:
-        labels = store.obs_column(by).astype("string").fillna("(missing)").to_numpy(str)[losses["cell"]]
+        labels = store.obs_slice([by])[by].astype("string").fillna("(missing)").to_numpy(str)[losses["cell"]]
         groups |= {label: labels == label for label in np.unique(labels)}
     return Evaluation(line, len(train), [_row(group, losses, chosen) for group, chosen in groups.items()])
+
+
+def _open(path: Path, model: Any) -> tuple[Any, dict[str, Any], str]:
+    """Open cells: those of the model's run as it saw them, with its choice among them, or others; say so in words."""
+    provenance = model.cfg.provenance
+    if "store" in provenance:
+        try:
+            store, grown = open_recorded(path, model.vocabulary, provenance.store)
+        except DataError:
+            return open_cells(path, model.vocabulary), {}, "; not the cells of the model's own run"
+        words = f"; as of generation {store.generation}, before the store grew" if grown else ""
+    else:
+        store, words = open_cells(path, model.vocabulary), ""
+    return store, provenance.data.get("choice", {}), words
 
 
 @dataclass
@@ -139,7 +167,7 @@ def _fit(stream: BatchStream, store: CellStore, model: Any) -> tuple[CountArithm
     vocabulary = model.vocabulary
     arithmetic = CountArithmetic(vocabulary.size, vocabulary.gene_tokens)
     token_of = vocabulary.tokens_of(store.gene_ids, store.symbols)
-    reason = ""
+    reason = "tokens tell no counts" if isinstance(store, TokenFolder) else ""
     for batch in _batches(stream):
         tokens, bounds = gene_tokens(batch, vocabulary)
         if not reason:

@@ -378,7 +378,7 @@ def build_vocabulary(
         provenance={
             "made": "built",
             "store": {"digest": store.digest, "generation": store.generation, "cells": len(store)},
-            "split": {"by": settings.by, "holdout": settings.holdout, "seed": settings.seed},
+            "split": settings.to_dict(),
             "split_by": sides.by,
             "training_cells": len(cells),
             "min_cells": min_cells,

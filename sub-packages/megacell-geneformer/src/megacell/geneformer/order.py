@@ -81,7 +81,7 @@ class Order(Protocol):
     """Which of n cells stand where in an endless sequence of epochs: a pure function of the place."""
 
     def draw(self, positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which cell (0 … n - 1) stands at each of consecutive positions, and its epoch; int64 all."""
+        """Return which cell (0 … n - 1) stands at each of consecutive positions, and the epoch of its masks; int64."""
 
 
 class Shuffled:
@@ -105,18 +105,24 @@ class BlockShuffled:
 
     Attributes
     ----------
-    block : int, default 256
+    block : int
         Cells that are neighbours in the store.
-    blocks : int, default 256
+    blocks : int
         Whose cells are shuffled among each other.
     """
 
-    block: int = 256
-    blocks: int = 256
+    block: int
+    blocks: int
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.blocks < 1:
             raise UsageError(f"order: {self.blocks} blocks of {self.block} cells; give 1 or more of both")
+
+    def __str__(self) -> str:
+        return (
+            f"order: blocks of {self.block:,} neighbouring cells, the cells of {self.blocks:,} shuffled together; "
+            f"two of these are of different blocks with a probability of {self.mixing:.3f}"
+        )
 
     @property
     def mixing(self) -> float:
@@ -171,18 +177,24 @@ class Weighted:
             raise UsageError("order: no group with cells has a weight above 0; raise one")
         self._ends = np.cumsum(shares) / shares.sum()
         self._ends[np.flatnonzero(shares)[-1] :] = 1.0
-        self._sizes = sizes
+        self._sizes, self._shares = sizes, shares / shares.sum()
         self._starts = np.cumsum(sizes) - sizes + int((groups < 0).sum())
         self._by_group = np.argsort(groups, kind="stable").astype(np.uint32 if len(groups) < 2**32 else np.int64)
 
+    @property
+    def effective_cells(self) -> float:
+        """How many cells drawn equally often would vary as little (Kish's effective sample size)."""
+        drawn = self._shares > 0
+        return float(1 / (self._shares[drawn] ** 2 / self._sizes[drawn]).sum())
+
     def draw(self, positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `Order`; a cell that comes twice within n positions is masked in the same way."""
+        """See `Order`; each draw is an epoch of its own, so that a cell that comes often is masked anew each time."""
         if n != len(self._by_group):
             raise UsageError(f"order: groups of {len(self._by_group)} cells for a stream of {n}; give one a cell")
         uniform = _uniform(positions.astype(np.uint64), stream_key(seed, 0, ORDER))
         group = np.searchsorted(self._ends, uniform[0], side="right")
         within = (uniform[1] * self._sizes[group]).astype(np.int64)
-        return self._by_group[self._starts[group] + within].astype(np.int64), positions // n
+        return self._by_group[self._starts[group] + within].astype(np.int64), positions
 
 
 @compiled
@@ -206,7 +218,7 @@ def global_batch(step: int, size: int, n: int, seed: int, order: Order | None = 
         Numbers from 0 to n - 1: positions step x size … step x size + size - 1 of the sequence. A batch may straddle
         two epochs.
     epochs : np.ndarray, int64 [size]
-        The epoch of each.
+        The epoch of each one's masks.
     """
     positions = np.arange(step * size, (step + 1) * size, dtype=np.int64)
     return (order or Shuffled()).draw(positions, n, seed)

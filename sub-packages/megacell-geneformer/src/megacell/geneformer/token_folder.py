@@ -122,11 +122,12 @@ class TokenFolder:
         """Names of the metadata's columns."""
         return [name for name in self._table.column_names if name not in (TOKENS, LENGTH)]
 
-    def obs_column(self, name: str) -> pd.Series:
-        """Return one column."""
-        if name not in self.obs_columns:
-            raise DataError(f"{self.path}: no column {name!r}; there are {', '.join(self.obs_columns)}")
-        return self._table[name].to_pandas()
+    def obs_slice(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pd.DataFrame:
+        """Return metadata of the cells start … stop - 1, by their numbers; as `CellStore.obs_slice`."""
+        names = self.obs_columns if columns is None else list(columns)
+        rows = self._table.select(names).slice(start, (len(self) if stop is None else stop) - start)
+        frame: pd.DataFrame = rows.to_pandas()
+        return frame.set_axis(pd.RangeIndex(start, start + len(frame)))
 
     @property
     def source_of(self) -> np.ndarray:
@@ -196,9 +197,9 @@ def _cut(indptr: np.ndarray, tokens: np.ndarray, cu_lengths: np.ndarray, suffix:
             place[kept - suffix :] = row[len(row) - suffix :]
 
 
-def open_cells(path: str | Path, vocabulary: Vocabulary) -> Any:
-    """Open a cell store or, in its place, a tokenised corpus."""
-    return TokenFolder.open(path, vocabulary) if TokenFolder.is_one(path) else CellStore.open(path)
+def open_cells(path: str | Path, vocabulary: Vocabulary, generation: int | None = None) -> Any:
+    """Open a cell store, at its newest generation or an earlier one, or, in its place, a tokenised corpus."""
+    return TokenFolder.open(path, vocabulary) if TokenFolder.is_one(path) else CellStore.open(path, generation)
 
 
 def encoder_for(store: Any, vocabulary: Vocabulary, max_length: int | None = None) -> RankEncoder:

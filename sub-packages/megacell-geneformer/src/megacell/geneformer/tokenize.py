@@ -73,12 +73,13 @@ def tokenize(
     plan = {"store": store.digest, "vocabulary": vocabulary.hash, "max_length": encoder.max_length}
     work = out.with_name(f".{out.name}.unfinished")
     done = _take_up(work, {**plan, "cells_a_file": cells_a_file})
-    known = np.asarray(token_lengths(store, vocabulary)) > 0
+    lengths, written = token_lengths(store, vocabulary), 0
     firsts = range(0, len(store), cells_a_file)
     for number, first in enumerate(firsts):
+        cells = first + np.flatnonzero(lengths[first : first + cells_a_file])
+        written += len(cells)
         place = work / f"{number:05d}.arrow"
         if not place.exists():
-            cells = first + np.flatnonzero(known[first : first + cells_a_file])
             _write(place, store, encoder, cells)
     names = [f"data-{number:05d}-of-{len(firsts):05d}.arrow" for number in range(len(firsts))]
     for number, name in enumerate(names):
@@ -86,8 +87,8 @@ def tokenize(
     _describe(work, names, _schema(store), json.dumps(plan, sort_keys=True))
     (work / PLAN).unlink()
     move_into_place(work, out)
-    lines = [f"{out}: {known.sum():,} cells in {len(names)} files, at most {encoder.max_length:,} tokens each"]
-    if left_out := int(len(known) - known.sum()):
+    lines = [f"{out}: {written:,} cells in {len(names)} files, at most {encoder.max_length:,} tokens each"]
+    if left_out := len(store) - written:
         lines.append(f"{left_out:,} cells have no gene of the vocabulary and are left out")
     return lines + ([f"{done} files were there already from a run that was stopped"] if done else [])
 
@@ -108,19 +109,22 @@ def _take_up(work: Path, plan: dict[str, Any]) -> int:
 def _write(place: Path, store: CellStore, encoder: RankEncoder, cells: np.ndarray) -> None:
     """Write one file of cells: all of it, or nothing under its name."""
     schema, temporary = _schema(store), place.with_name(place.name + TEMPORARY)
+    first, last = (int(cells[0]), int(cells[-1])) if len(cells) else (0, -1)
+    obs = store.obs_slice(None, first, last + 1)
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-        for first in range(0, len(cells), CELLS_AT_ONCE):
-            stream.write_batch(_batch(store, encoder, cells[first : first + CELLS_AT_ONCE], schema))
+        for at in range(0, len(cells), CELLS_AT_ONCE):
+            stream.write_batch(_batch(store, encoder, cells[at : at + CELLS_AT_ONCE], schema, obs))
     flush_file(temporary)
     move_into_place(temporary, place)
 
 
-def _batch(store: CellStore, encoder: RankEncoder, cells: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
+def _batch(
+    store: CellStore, encoder: RankEncoder, cells: np.ndarray, schema: pa.Schema, obs: pd.DataFrame
+) -> pa.RecordBatch:
     tokens, cu_lengths = encoder.encode(*store.gather(cells))
     lists = pa.ListArray.from_arrays(pa.array(cu_lengths.astype(np.int32)), pa.array(tokens))
-    obs = store.obs.iloc[cells]
-    columns = [lists, pa.array(np.diff(cu_lengths)), pa.array(cells)]
-    columns += [_column(obs[field.name], field.type) for field in list(schema)[len(columns) :]]
+    columns, here = [lists, pa.array(np.diff(cu_lengths)), pa.array(cells)], obs.loc[cells]
+    columns += [_column(here[field.name], field.type) for field in list(schema)[len(columns) :]]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -132,10 +136,10 @@ def _column(column: pd.Series, kind: pa.DataType) -> pa.Array:
 
 def _schema(store: CellStore) -> pa.Schema:
     fields = [pa.field(TOKENS, pa.list_(pa.int32())), pa.field(LENGTH, pa.int64()), pa.field(CELL, pa.int64())]
-    taken = {field.name for field in fields}
+    taken, none = {field.name for field in fields}, store.obs_slice(None, 0, 0)
     for name in store.obs_columns:
         if name not in taken:
-            fields.append(pa.field(name, _kind(store.obs[name].dtype)))
+            fields.append(pa.field(name, _kind(none[name].dtype)))
     return pa.schema(fields)
 
 

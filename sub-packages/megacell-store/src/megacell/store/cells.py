@@ -3,7 +3,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from megacell.store.errors import DataError
 from megacell.store.filters import matching
 from megacell.store.gather import FIELDS, RowsInPlace, copy_rows, locate
 from megacell.store.genes import GeneTable
-from megacell.store.manifest import Manifest, Source
+from megacell.store.manifest import Manifest, ShardRecord, Source
 from megacell.store.neighbours import Neighbours
 from megacell.store.obs import INDEX, SOURCE, from_table
 from megacell.store.panels import read_panel
@@ -313,10 +313,13 @@ class CellStore:
 
     def _column(self, name: str, dtype: np.dtype[Any]) -> Array:
         """Return one of the shards' arrays by cell, mapped if there is one shard."""
-        parts = [map_array(self.path / FOLDER / s.name / name, s.files.get(name)) for s in self.manifest.shards]
+        parts = [self._shard_array(shard, name) for shard in self.manifest.shards]
         if not parts:
             return np.zeros(0, dtype)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _shard_array(self, shard: ShardRecord, name: str) -> Array:
+        return map_array(self.path / FOLDER / shard.name / name, shard.files.get(name))
 
     def panel(self, source: int) -> Array:
         """Return the genes that a source measured: sorted uint32 numbers."""
@@ -340,19 +343,51 @@ class CellStore:
             raise DataError(f"{self.path}: no obs column {name!r}; there are {', '.join(self.obs_columns)}")
         return self._obs([name])[name]
 
+    def obs_slice(self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None) -> pd.DataFrame:
+        """Return metadata of the cells start … stop - 1 from their shards alone; cells' names are not read.
+
+        Parameters
+        ----------
+        columns : sequence of str, optional
+            Of `obs_columns`; all by default.
+        start, stop : int
+            All cells by default.
+
+        Returns
+        -------
+        DataFrame
+            Indexed by the cells' numbers. Whole numbers and booleans are of a nullable type only in a slice with
+            missing ones.
+        """
+        names = self.obs_columns if columns is None else list(columns)
+        stop = len(self) if stop is None else stop
+        if not 0 <= start <= stop <= len(self):
+            raise DataError(f"{self.path}: no cells {start} to {stop}; there are {len(self)}")
+        tables, sources = [], [np.zeros(0, np.uint32)]
+        for number, shard in enumerate(self.manifest.shards):
+            first, last = (int(self._first[number + i]) for i in (0, 1))
+            low, high = max(start, first) - first, min(stop, last) - first
+            if low < high:
+                tables.append(self._obs_table(shard.name, names).slice(low, high - low))
+                sources.append(self._shard_array(shard, "panels.npy")[low:high])
+        return self._frame(names, tables or [pa.table({})], np.concatenate(sources), pd.RangeIndex(start, stop))
+
     def _obs(self, names: list[str]) -> pd.DataFrame:
-        wanted = [column for column in self.manifest.obs if column.name in names]
         tables = [self._obs_table(shard.name, [INDEX, *names]) for shard in self.manifest.shards]
+        index = pd.Index([name for table in tables for name in table.column(INDEX).to_pylist()], dtype=object)
+        return self._frame(names, tables, self.source_of, index)
+
+    def _frame(self, names: list[str], tables: list[pa.Table], sources: Array, index: pd.Index) -> pd.DataFrame:
+        """Return the shards' tables as one frame of the store's schema."""
         columns = {}
-        for column in wanted:
-            columns[column.name] = pd.concat([from_table(t, column) for t in tables], ignore_index=True)
+        for column in self.manifest.obs:
+            if column.name in names:
+                columns[column.name] = pd.concat([from_table(t, column) for t in tables], ignore_index=True)
         if SOURCE in names:
-            text = [source.name for source in self.manifest.sources]
-            names_of = pd.CategoricalDtype(text)
-            columns[SOURCE] = pd.Series(pd.Categorical.from_codes(self.source_of.astype(np.int64), dtype=names_of))
-        index = [name for table in tables for name in table.column(INDEX).to_pylist()]
+            names_of = pd.CategoricalDtype([source.name for source in self.manifest.sources])
+            columns[SOURCE] = pd.Series(pd.Categorical.from_codes(sources.astype(np.int64), dtype=names_of))
         frame = pd.DataFrame(columns)
-        frame.index = pd.Index(index, dtype=object)
+        frame.index = index
         return frame
 
     def _obs_table(self, shard: str, names: list[str]) -> pa.Table:

@@ -63,6 +63,6 @@ def matching(query: str, columns: Sequence[str], read: Callable[[list[str]], pd.
     except Exception as error:  # whatever pandas says of a query that is wrong
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{where}: the query {query!r} fails ({line}); columns are {', '.join(columns)}") from None
-    if found.shape != (len(frame),) or found.dtype.kind not in "bO":
+    if found.shape != (len(frame),) or pd.api.types.infer_dtype(found, skipna=True) not in ("boolean", "empty"):
         raise UsageError(f"{where}: the query {query!r} is no condition on cells; compare a column with something")
     return np.asarray(pd.Series(found).fillna(value=False), bool)

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run trains on and is validated with: store, vocabulary, split, cells, and the baselines beside its loss."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
 
 from megacell.geneformer.baselines import TokenFrequency
 from megacell.geneformer.batches import BatchStream, MicroBatch
+from megacell.geneformer.cell_sets import CellSet, choose_cells, column_of
 from megacell.geneformer.lengths import token_lengths
 from megacell.geneformer.masking import MaskSettings
-from megacell.geneformer.split import Split, SplitSettings, split_cells
-from megacell.geneformer.token_folder import open_cells
+from megacell.geneformer.order import BlockShuffled, Order, Shuffled, Weighted
+from megacell.geneformer.split import SplitSettings, split_cells
+from megacell.geneformer.token_folder import TokenFolder, open_cells
+from megacell.geneformer.training.recorded import open_recorded
 from megacell.geneformer.vocabulary import Vocabulary, check_coverage
 from megacell.store import CellStore
-from megacell.store.errors import DataError
+from megacell.store.errors import DataError, UsageError
 
 PACK_MULTIPLE = 64  # a pack's length is a multiple of it times the tensor parallel size
 
@@ -26,11 +32,64 @@ def split_settings(vocabulary: Vocabulary, **given) -> SplitSettings:
     return SplitSettings(**{**built, **{k: v for k, v in given.items() if v is not None}})
 
 
+def choice(options: DictConfig) -> dict[str, Any]:
+    """Return the options that choose cells, as `cells_in_use` takes them."""
+    return {"where": options.where, "exclude": OmegaConf.to_container(options.exclude) if options.exclude else None}
+
+
 def some_of(cells: np.ndarray, most: int, seed: int) -> np.ndarray:
     """Return at most ``most`` of the cells, drawn by ``seed`` from all of them, in their order."""
     if len(cells) <= most:
         return cells
     return np.sort(np.random.default_rng(seed).choice(cells, most, replace=False))
+
+
+def cells_in_use(
+    store: CellStore, lengths: np.ndarray, where: str | None = None, exclude: Mapping[str, Any] | None = None
+) -> CellSet:
+    """Return the cells that have a known gene and that the options ``data.where`` and ``data.exclude`` leave."""
+    if where is None and not exclude:
+        return CellSet.of(lengths > 0)
+    return choose_cells(store, where, exclude).having(lengths)
+
+
+def coverage_line(store: Any, vocabulary: Vocabulary, *, allow: bool) -> str:
+    """Return how much of the vocabulary a store measures, in words; DataError if that is too little."""
+    if isinstance(store, TokenFolder):
+        return "tokens: how much of the vocabulary was measured is not known"
+    coverage = check_coverage(store.gene_ids, store.symbols, vocabulary, str(store.path), allow=allow)
+    return f"measures {coverage:.0%} of the vocabulary"
+
+
+def balanced(store: CellStore, column: str, cells: CellSet) -> tuple[Weighted, str]:
+    """Return the order that draws each value of a column of obs as often as every other, and a line for the log.
+
+    Cells without a value are one group more.
+    """
+    codes, values = pd.factorize(column_of(store, column), use_na_sentinel=False)
+    groups = codes[cells[:]]
+    sizes = np.bincount(groups, minlength=len(values))
+    if (sizes > 0).sum() < 2:
+        raise UsageError(f"data.balance={column}: all {len(cells):,} cells to train on have one value; leave it out")
+    order = Weighted(groups)
+    missing = sizes[pd.isna(values)].sum()
+    without = f" (the {missing:,} without a value are one)" if missing else ""
+    return order, (
+        f"balanced by {column}: {(sizes > 0).sum():,} groups{without} of {sizes[sizes > 0].min():,} to {sizes.max():,} "
+        f"cells, each drawn as often, with replacement; the effective share of the {len(cells):,} cells to train on is "
+        f"{order.effective_cells / len(cells):.1%}"
+    )
+
+
+def order_of(options: DictConfig, store: CellStore, cells: CellSet) -> tuple[Order, list[str]]:
+    """Return the order in which cells are trained on, and lines for the log."""
+    if options.balance is not None:
+        order, line = balanced(store, options.balance, cells)
+        return order, [line]
+    if options.order == "blocks":
+        blocks = BlockShuffled(options.block, options.blocks)
+        return blocks, [str(blocks)]
+    return Shuffled(), []
 
 
 @dataclass
@@ -39,50 +98,65 @@ class TrainingData:
 
     Attributes
     ----------
-    train, validation : int64 [cells]
-        Global cell numbers; cells without a known gene are left out.
+    train : CellSet
+        What is trained on. Like ``validation`` without cells that have no known gene, and those left out by choice.
+    validation : int64 [cells]
+        Global cell numbers.
+    order : Order
+        In which cells are trained on.
     lines : list of str
-        What a user should know: coverage, split, cells left out.
+        What a user should know: coverage, split, cells left out, how they are drawn.
     """
 
     store: CellStore
     vocabulary: Vocabulary
-    split: Split
     settings: SplitSettings
     lengths: np.ndarray
-    train: np.ndarray
+    train: CellSet
     validation: np.ndarray
+    order: Order
     lines: list[str]
     cfg: DictConfig
     max_length: int
 
     @classmethod
-    def open(cls, cfg: DictConfig) -> "TrainingData":
-        """Open everything; raises DataError where store and vocabulary do not fit or no cell is left."""
-        vocabulary = Vocabulary.open(cfg.vocabulary)
-        store = open_cells(cfg.store, vocabulary)
-        coverage = check_coverage(
-            store.gene_ids, store.symbols, vocabulary, str(cfg.store), allow=cfg.data.allow_low_coverage
-        )
+    def open(cls, cfg: DictConfig, record: Mapping[str, Any] | None = None) -> "TrainingData":
+        """Open everything, at the generation of a checkpoint's record of the store where there is one.
+
+        Raises
+        ------
+        UsageError, DataError
+            Store, vocabulary, record and options do not fit each other, or no cell is left.
+        """
+        vocabulary, grown = Vocabulary.open(cfg.vocabulary), None
+        if record is None:
+            store = open_cells(cfg.store, vocabulary)
+        else:
+            store, grown = open_recorded(cfg.store, vocabulary, record)
+        measured = coverage_line(store, vocabulary, allow=cfg.data.allow_low_coverage)
         settings = split_settings(vocabulary, **cfg.data.split)
-        split = split_cells(store, settings)
-        lengths = token_lengths(store, vocabulary)
-        known = lengths > 0
-        train, validation = (np.flatnonzero(side & known) for side in (split.train, split.validation))
-        lines = [
-            f"store: {len(store):,} cells, generation {store.generation}; measures {coverage:.0%} of the vocabulary",
-            split.line,
-        ]
-        if vocabulary.split and settings != SplitSettings(**vocabulary.split):
-            lines.append("warning: the vocabulary was built on another split; its medians have seen held-out cells")
-        if skipped := int(len(store) - known.sum()):
-            lines.append(f"{skipped:,} cells have no gene of the vocabulary and are skipped")
+        split, lengths = split_cells(store, settings), token_lengths(store, vocabulary)
+        used = cells_in_use(store, lengths, **choice(cfg.data))
+        train, validation = (CellSet.of(side) & used for side in (split.train, split.validation))
         if not len(train) or not len(validation):
             raise DataError(
-                f"{cfg.store}: no cells left to train on or to hold out; change data.split or the vocabulary"
+                f"{cfg.store}: {len(train):,} cells left to train on, {len(validation):,} held out ({split.line}); "
+                "change data.where, data.exclude, data.split or the vocabulary"
             )
-        validation = some_of(validation, cfg.validation.cells, settings.seed)
-        return cls(store, vocabulary, split, settings, lengths, train, validation, lines, cfg, cfg.model.max_length)
+        order, drawn = order_of(cfg.data, store, train)
+        lines = [f"store: {len(store):,} cells, generation {store.generation}; {measured}", split.line]
+        lines += [grown] if grown else []
+        if vocabulary.split and settings != SplitSettings(**vocabulary.split):
+            lines.append("warning: the vocabulary was built on another split; its medians have seen held-out cells")
+        if skipped := int(len(store) - (lengths > 0).sum()):
+            lines.append(f"{skipped:,} cells have no gene of the vocabulary and are skipped")
+        if any(choice(cfg.data).values()):
+            lines.append(
+                f"data.where and data.exclude leave {len(used):,} of {len(store):,} cells: {len(train):,} to train on, "
+                f"{len(validation):,} held out"
+            )
+        some = some_of(validation[:], cfg.validation.cells, settings.seed)
+        return cls(store, vocabulary, settings, lengths, train, some, order, lines + drawn, cfg, cfg.model.max_length)
 
     def stream(self, *, held_out: bool = False, rank: int = 0, ranks: int = 1, tensor: int = 1) -> BatchStream:
         """Return the steps of data parallel rank ``rank`` of ``ranks``."""
@@ -99,6 +173,7 @@ class TrainingData:
             rank=rank,
             ranks=ranks,
             masking=MaskSettings(**self.cfg.data.masking),
+            order=None if held_out else self.order,
             validation=held_out,
         )
 

@@ -74,7 +74,10 @@ def train(cfg: DictConfig) -> int:
     module = GeneformerModel(
         OmegaConf.create({"network": run.network.to_dict(), "precision": cfg.precision}), trainer, run
     )
-    trainer.fit(module)
+    try:
+        trainer.fit(module)
+    finally:
+        run.close()
     return run.finish()
 
 

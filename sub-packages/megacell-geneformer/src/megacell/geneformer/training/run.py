@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training run as the module meets it: its data, initial weights, steps, figures, checkpoints and end."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -16,15 +17,23 @@ from megatron.core import parallel_state
 from omegaconf import DictConfig, OmegaConf
 
 from megacell.geneformer.baselines import TokenFrequency, frequency_log_prior
-from megacell.geneformer.batches import BatchStream, MicroBatch, Prefetched
+from megacell.geneformer.batches import BatchStream, MicroBatch
 from megacell.geneformer.interchange.open import check_fit, load_into
+from megacell.geneformer.loader import Prefetched
 from megacell.geneformer.model.attention import choose_backend
 from megacell.geneformer.model.bert import PackedBert
 from megacell.geneformer.model.init import initialise
 from megacell.geneformer.training import checkpoint, launch, settings
-from megacell.geneformer.training.data import TrainingData, fit_frequencies, frequency_losses, save_frequencies
+from megacell.geneformer.training.data import (
+    TrainingData,
+    choice,
+    fit_frequencies,
+    frequency_losses,
+    save_frequencies,
+)
 from megacell.geneformer.training.engine import StepResult
 from megacell.geneformer.training.metrics import SUMS, Measure, MetricsFile, Screen
+from megacell.geneformer.training.recorded import check_ranks_agree, store_record
 from megacell.geneformer.training.run_readme import write_readme
 from megacell.store.errors import DataError
 
@@ -43,7 +52,9 @@ class Run:
 
     def __init__(self, cfg: DictConfig):
         self.cfg, self.out, self.first = cfg, Path(cfg.out), launch.is_first()
-        self.data = TrainingData.open(cfg)
+        self.found, self.passed_over = checkpoint.newest(self.out / "checkpoints") if cfg.resume else (None, [])
+        record = checkpoint.read_facts(self.found)["store"] if self.found else None
+        self.data = TrainingData.open(cfg, record)
         self.data.stream()  # refuses settings that no batch can be made with, before a folder is
         self.network, self.layout = settings.model_config(cfg, self.data.vocabulary.size), settings.layout(cfg)
         if cfg.init and not cfg.resume:
@@ -53,6 +64,7 @@ class Run:
         self.baselines: dict[str, float] = {}
         self.measure = Measure()
         self.signals = checkpoint.Signals()
+        self.closing = contextlib.ExitStack()
         self.screen = Screen(cfg.steps, shown=self.first)
         if self.first:
             self._make_folder()
@@ -85,6 +97,7 @@ class Run:
 
     def begin(self, module) -> None:
         """Go on from the newest whole checkpoint, or from step 0; network, optimizer and process groups stand."""
+        check_ranks_agree(self.data.store, module.device)
         if self.cfg.resume:
             self._load_newest(module)
         self.facts = self._facts()
@@ -101,37 +114,33 @@ class Run:
         self.screen.start(self.step)
 
     def _load_newest(self, module) -> None:
-        path, lines = checkpoint.newest(self.out / "checkpoints")
-        for line in lines:
+        for line in self.passed_over:
             self.screen.line(line)
-        if path is None:
+        if self.found is None:
             self.screen.line(f"{self.out}: no whole checkpoint yet: starting from step 0")
             return
-        facts = checkpoint.read_facts(path)
+        facts = checkpoint.read_facts(self.found)
         if facts["vocabulary"] != self.data.vocabulary.hash:
-            raise DataError(f"{path}: was trained with another vocabulary than {self.cfg.vocabulary}")
-        if facts["store"]["digest"] != self.data.store.digest:
-            raise DataError(f"{path}: {self.cfg.store} is no longer the store that the run was started on")
-        checkpoint.load(path, module.bert, module.engine.optimizer)
+            raise DataError(f"{self.found}: was trained with another vocabulary than {self.cfg.vocabulary}")
+        if "stream" in facts:  # not in a checkpoint of before this was recorded
+            self.stream.step_of(facts["stream"])
+        checkpoint.load(self.found, module.bert, module.engine.optimizer)
         self.step = facts["step"]
         module.engine.scheduler.step(self.step)
         self._tell_lightning(module)
-        self.screen.line(f"resuming at step {self.step} from {path}")
+        self.screen.line(f"resuming at step {self.step} from {self.found}")
 
     def _facts(self) -> dict:
         """Return what a checkpoint says of itself."""
-        store, cfg = self.data.store, self.cfg
+        cfg = self.cfg
         return {
             "network": self.network.to_dict(),
             "precision": cfg.precision,
             "vocabulary": self.data.vocabulary.hash,
-            "store": {
-                "generation": store.generation,
-                "digest": store.digest,
-                "cells": len(store),
-            },
+            "store": store_record(self.data.store),
             "data": {
                 "split": asdict(self.data.settings),
+                "choice": choice(cfg.data),
                 "masking": OmegaConf.to_container(cfg.data.masking),
                 "seed": cfg.seed,
             },
@@ -153,16 +162,26 @@ class Run:
 
     # its batches
 
-    def steps(self) -> Prefetched:
-        """Return this rank's micro-batches, a step at a time, from where the run stands."""
-        stream = self._stream()
-        self.prefetched = stream.prefetched(self.step, self.cfg.steps, depth=self.cfg.data.prefetch)
-        return self.prefetched
+    @cached_property
+    def stream(self) -> BatchStream:
+        """The training steps of this rank."""
+        return self._stream()
+
+    def steps(self) -> Iterator[list[MicroBatch]]:
+        """Yield this rank's micro-batches, a step at a time, from where the run stands.
+
+        A generator, because NeMo asks for more than one and uses the last: no thread starts before it is used.
+        """
+        self.prefetched = self.closing.enter_context(self._ahead(self.stream, self.step, self.cfg.steps))
+        yield from self.prefetched
 
     def held_out(self) -> Iterator[list[MicroBatch]]:
         """Yield this rank's share of the held-out cells."""
-        stream = self._stream(held_out=True)
-        return (stream.step(k) for k in range(stream.steps_per_epoch))
+        with self._ahead(self._stream(held_out=True)) as ahead:
+            yield from ahead
+
+    def _ahead(self, stream: BatchStream, first: int = 0, last: int | None = None) -> Prefetched:
+        return stream.prefetched(first, last, threads=self.cfg.data.threads, depth=self.cfg.data.prefetch)
 
     def _stream(self, *, held_out: bool = False) -> BatchStream:
         return self.data.stream(
@@ -194,7 +213,8 @@ class Run:
             row["held_out_loss"], _ = module.held_out_loss()
         if self.step % self.cfg.checkpoint.every == 0 or done or self.stopped:
             folder, keep = self.out / "checkpoints", self.cfg.checkpoint.keep
-            checkpoint.save(folder, self.step, module.bert, module.engine.optimizer, self.facts, keep)
+            facts = {**self.facts, "stream": self.stream.state_dict(self.step)}
+            checkpoint.save(folder, self.step, module.bert, module.engine.optimizer, facts, keep)
         self.measure.pause(time.perf_counter() - paused)
         if self.first:
             self._tell(module, row)
@@ -227,6 +247,10 @@ class Run:
                 f"step {self.step}: held-out loss {row['held_out_loss']:.3f} nats (gene frequency "
                 f"{self.baselines['frequency']:.3f}, at that rank {self.baselines['rank_frequency']:.3f})"
             )
+
+    def close(self) -> None:
+        """End the threads that prepare steps, however the run ended."""
+        self.closing.close()
 
     def finish(self) -> int:
         """Close everything; returns the exit code."""

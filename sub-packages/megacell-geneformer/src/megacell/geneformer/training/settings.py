@@ -3,13 +3,16 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from megacell.geneformer.model.config import Layout, ModelConfig
 from megacell.store.errors import UsageError
 
 SAVED = "config.yaml"  # in the run folder: what the run was started with
 KEPT = ("seed", "batch.cells", "model", "data", "init")  # what makes a run the run that it is
+FREE = ("data.prefetch", "data.threads")  # but not these
+QUERY = "data.where="
+ORDERS = ("shuffled", "blocks")
 SCHEDULES = ("cosine", "linear", "constant")
 REFUSED = {  # of Megatron's ways to spread a network, those that nothing here needs
     "pipeline": "the layers stay together; raise parallel.tensor where a copy does not fit on one GPU",
@@ -50,7 +53,9 @@ def compose(overrides: list[str]) -> DictConfig:
 
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = hydra_compose("pretrain", overrides)
+            cfg = hydra_compose("pretrain", [o for o in overrides if not o.startswith(QUERY)])
+        for query in (o.removeprefix(QUERY) for o in overrides if o.startswith(QUERY)):
+            cfg.data.where = None if query == "null" else query  # as it stands: Hydra would want quotes around it
         if cfg.resume:
             cfg = _resumed(cfg, overrides)
         cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
@@ -73,6 +78,8 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         raise UsageError(f"out={cfg.out}: no run to resume there; leave resume=true out to start one")
     given = [o for o in overrides if _key(o) not in ("resume", "out")]
     for key in map(_key, given):
+        if key in FREE:
+            continue
         if key.split(".")[0] in KEPT or key in KEPT or (config_dir() / key).is_dir():
             raise UsageError(f"{key}=…: a run that goes on keeps it; start a new one, with init={cfg.out}")
     merged = OmegaConf.merge(
@@ -84,7 +91,8 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 def _check(cfg: DictConfig) -> None:
     positive = ("steps", "devices", "batch.cells", "batch.tokens", "validation.every", "validation.cells",
-                "checkpoint.every", "checkpoint.keep", "log_every", "parallel.tensor", "data.prefetch")  # fmt: skip
+                "checkpoint.every", "checkpoint.keep", "log_every", "parallel.tensor", "data.prefetch", "data.block",
+                "data.blocks")  # fmt: skip
     for name in positive:
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, int) or value < 1:
@@ -104,6 +112,7 @@ def _check(cfg: DictConfig) -> None:
             "lower them, or raise steps"
         )
     _check_parallel(cfg)
+    _check_data(cfg.data)
     model = model_config(cfg, vocabulary_size=1)
     model.check_parallel(cfg.parallel.tensor)
     if cfg.batch.tokens < model.max_length:
@@ -125,6 +134,32 @@ def layout(cfg: DictConfig) -> Layout:
     parallel = cfg.parallel
     sequence = parallel.sequence and parallel.tensor > 1
     return Layout(parallel.tensor, sequence, parallel.recompute, cfg.precision)
+
+
+def _check_data(data: DictConfig) -> None:
+    """Check the options of cells, split and masks, as far as they can be without the store."""
+    from megacell.geneformer.masking import MaskSettings
+    from megacell.geneformer.split import SplitSettings
+
+    if not isinstance(data.threads, int) or data.threads < 0:
+        raise UsageError(f"data.threads={data.threads}: must be a whole number of at least 0")
+    if data.order not in ORDERS:
+        raise UsageError(f"data.order={data.order}: choose one of {', '.join(ORDERS)}")
+    if data.balance is not None and data.order != "shuffled":
+        raise UsageError(f"data.balance={data.balance}: draws cells one by one; leave data.order={data.order} out")
+    if data.exclude is not None:
+        if not isinstance(data.exclude, DictConfig):
+            raise UsageError(
+                f"data.exclude={data.exclude}: give values by column, data.exclude={{tissue:[blood,lung]}}"
+            )
+        for column, values in data.exclude.items():
+            data.exclude[column] = values if isinstance(values, ListConfig) else [values]
+    for group in ("masking", "split"):
+        for name, value in data[group].items():
+            if name != "by" and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UsageError(f"data.{group}.{name}={value}: must be a number")
+    MaskSettings(**data.masking)
+    SplitSettings(**{name: value for name, value in data.split.items() if value is not None})
 
 
 def model_config(cfg: DictConfig, vocabulary_size: int) -> ModelConfig:
