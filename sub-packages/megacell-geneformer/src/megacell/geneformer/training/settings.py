@@ -9,7 +9,7 @@ from megacell.geneformer.model.config import Layout, ModelConfig
 from megacell.store.errors import UsageError
 
 SAVED = "config.yaml"  # in the run folder: what the run was started with
-KEPT = ("seed", "batch.cells", "model", "data", "init")  # what makes a run the run that it is
+KEPT = ("seed", "batch.cells", "model", "data", "init", "precision")  # what makes a run the run that it is
 SCHEDULES = ("cosine", "linear", "constant")
 REFUSED = {  # of Megatron's ways to spread a network, those that nothing here needs
     "pipeline": "the layers stay together; raise parallel.tensor where a copy does not fit on one GPU",
@@ -84,11 +84,13 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 def _check(cfg: DictConfig) -> None:
     positive = ("steps", "devices", "batch.cells", "batch.tokens", "validation.every", "validation.cells",
-                "checkpoint.every", "checkpoint.keep", "log_every", "parallel.tensor", "data.prefetch")  # fmt: skip
+                "checkpoint.every", "checkpoint.keep", "guard.window", "guard.stop_after", "log_every",
+                "parallel.tensor", "data.prefetch")  # fmt: skip
     for name in positive:
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"{name}={value}: must be a whole number of at least 1")
+    _check_guard(cfg)
     for name in ("lr", "min_lr", "warmup", "hold", "weight_decay", "beta1", "beta2", "eps", "clip"):
         if not isinstance(cfg.optim[name], int | float) or cfg.optim[name] < 0:
             raise UsageError(f"optim.{name}={cfg.optim[name]}: must be a number of at least 0")
@@ -125,6 +127,17 @@ def layout(cfg: DictConfig) -> Layout:
     parallel = cfg.parallel
     sequence = parallel.sequence and parallel.tensor > 1
     return Layout(parallel.tensor, sequence, parallel.recompute, cfg.precision)
+
+
+def _check_guard(cfg: DictConfig) -> None:
+    for name in ("loss", "grad_norm"):
+        value = cfg.guard[name]
+        if value is not None and (not isinstance(value, int | float) or value <= 1):
+            raise UsageError(f"guard.{name}={value}: must be a number above 1, or null")
+    if not isinstance(cfg.checkpoint.best, int) or cfg.checkpoint.best < 0:
+        raise UsageError(f"checkpoint.best={cfg.checkpoint.best}: must be a whole number of at least 0")
+    if not isinstance(cfg.checkpoint.asynchronous, bool):
+        raise UsageError(f"checkpoint.asynchronous={cfg.checkpoint.asynchronous}: must be true or false")
 
 
 def model_config(cfg: DictConfig, vocabulary_size: int) -> ModelConfig:
