@@ -29,6 +29,7 @@ from megacell.geneformer.training.guard import Guard, SkippedFile
 from megacell.geneformer.training.metrics import Measure, MetricsFile, Screen, StepSums
 from megacell.geneformer.training.saving import Saver
 from megacell.geneformer.training.signals import Signals
+from megacell.store.durable import write_whole
 from megacell.store.errors import DataError
 
 
@@ -54,6 +55,7 @@ class Run:
         self.step = 0
         self.stopped = False
         self.baselines: dict[str, float] = {}
+        self.held_out_loss = math.nan
         self.measure = Measure()
         self.guard = Guard(**cfg.guard)
         self.signals = Signals()
@@ -68,8 +70,10 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.cfg.resume:
             shutil.copytree(self.cfg.vocabulary, self.out / "vocabulary", dirs_exist_ok=True)
-            whole = {name: str(Path(self.cfg[name]).resolve()) for name in ("store", "vocabulary")}
-            OmegaConf.save(OmegaConf.merge(self.cfg, whole, {"resume": False}), self.out / settings.SAVED)
+            paths = {name: str(Path(self.cfg[name]).resolve()) for name in ("store", "vocabulary")}
+            own = OmegaConf.masked_copy(self.cfg, [str(name) for name in self.cfg if name not in settings.ELSEWHERE])
+            text = OmegaConf.to_yaml(OmegaConf.merge(own, paths, {"resume": False}))
+            write_whole(self.out / settings.SAVED, text.encode())
 
     @cached_property
     def frequency(self) -> TokenFrequency:
@@ -248,7 +252,8 @@ class Run:
         paused = time.perf_counter()
         if self.step % self.cfg.validation.every == 0 or done:
             row.setdefault("step", self.step)
-            row["held_out_loss"], _ = module.held_out_loss()
+            self.held_out_loss, _ = module.held_out_loss()
+            row["held_out_loss"] = self.held_out_loss
         if not self.guard.exhausted:
             self._save(row, due=self.step % self.cfg.checkpoint.every == 0 or last, wait=last)
         self.measure.pause(time.perf_counter() - paused)
@@ -311,6 +316,8 @@ class Run:
         if self.first:
             self.metrics.close()
             summary = {"step": self.step, "finished": finished, **self.baselines}
+            if finished:
+                summary["held_out_loss"] = self.held_out_loss
             (self.out / "summary.json").write_text(json.dumps(summary, indent=1))
         if finished:
             return 0

@@ -9,6 +9,7 @@ from megacell.geneformer.model.config import Layout, ModelConfig
 from megacell.store.errors import UsageError
 
 SAVED = "config.yaml"  # in the run folder: what the run was started with
+ELSEWHERE = ("launcher", "sweep")  # how the processes are started: not a part of the run, may change at any time
 KEPT = ("seed", "batch.cells", "model", "data", "init", "precision")  # what makes a run the run that it is
 SCHEDULES = ("cosine", "linear", "constant")
 REFUSED = {  # of Megatron's ways to spread a network, those that nothing here needs
@@ -26,7 +27,8 @@ def config_dir() -> Path:
     raise UsageError(f"{package}: no configs folder beside or above it: install Megacell again")
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
+    """Return the option that a Hydra override sets."""
     return override.split("=", 1)[0].lstrip("+~")
 
 
@@ -71,8 +73,8 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     saved = Path(cfg.out) / SAVED
     if not saved.is_file():
         raise UsageError(f"out={cfg.out}: no run to resume there; leave resume=true out to start one")
-    given = [o for o in overrides if _key(o) not in ("resume", "out")]
-    for key in map(_key, given):
+    given = [o for o in overrides if key_of(o).split(".")[0] not in ("resume", "out", *ELSEWHERE)]
+    for key in map(key_of, given):
         if key.split(".")[0] in KEPT or key in KEPT or (config_dir() / key).is_dir():
             raise UsageError(f"{key}=…: a run that goes on keeps it; start a new one, with init={cfg.out}")
     merged = OmegaConf.merge(
