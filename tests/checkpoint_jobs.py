@@ -68,6 +68,20 @@ def train(tensor: int, first: int, last: int, folder: str, middle: int, buckets:
         return losses, gradients.get(middle), sum(len(buffer.buckets) for buffer in engine.ddp.buffers)
 
 
+def begin() -> tuple[list[bytes], list[bytes]]:
+    """Return a network's weights before and after its optimizer's state is made, at a learning rate above 0."""
+    from megacell.geneformer.training import checkpoint
+
+    with jobs.groups(1):
+        engine = jobs.make_engine()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.1
+        before = [weight.detach().numpy().tobytes() for weight in engine.bert.parameters()]
+        checkpoint.begin_state(engine.optimizer)
+        assert all(group["lr"] == 0.1 for group in engine.optimizer.param_groups)
+        return before, [weight.detach().numpy().tobytes() for weight in engine.bert.parameters()]
+
+
 def pretrain(settings: list[str], spoilt: dict[int, float]) -> tuple[int, str]:
     """Run `megacell pretrain` on these ranks, which stand and have imported what it takes; return code and output.
 

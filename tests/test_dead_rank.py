@@ -57,7 +57,7 @@ def ends(commands: list[Command]) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_run(rank, running):
-    commands, run = running(["devices=2"])
+    commands, _ = running(["devices=2"])
     os.kill(rank_of(commands, rank), signal.SIGKILL)
     ((code, err),) = ends(commands)
     assert code == 1

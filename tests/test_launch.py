@@ -44,10 +44,10 @@ def losses(run: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-def finish(processes: list[subprocess.Popen]) -> None:
-    """Wait for processes that must all end well."""
+def finish(processes: list[subprocess.Popen], starts: int = 1) -> None:
+    """Wait for processes that must all end well, and that start training so many times, one after the other."""
     for process in processes:
-        output, _ = process.communicate(timeout=WAIT)
+        output, _ = process.communicate(timeout=starts * WAIT)
         assert process.returncode == 0, output
 
 
@@ -204,13 +204,13 @@ def slurm(tmp_path):
 
 def test_a_slurm_job_saves_before_its_time_is_up_and_is_queued_again_until_done(settings, slurm):
     run, environment = slurm
-    given = [o for o in settings if not o.startswith(("steps=", "checkpoint."))]
-    job = ["launcher=srun", "devices=2", "launcher.nodes=1", "steps=400", "launcher.options=[--partition=gpu]"]
+    given = [o for o in settings if not o.startswith(("steps=", "checkpoint.", "validation."))]
+    job = ["launcher=srun", "devices=2", "launcher.nodes=1", "steps=200", "launcher.options=['--partition=gpu']"]
     command = [sys.executable, "-m", "megacell.store.cli", "pretrain", *given, *job, f"out={run}"]
-    finish([start(command, **environment)])
+    finish([start(command, **environment)], starts=2)
     assert (Path(environment["FAKE_SLURM"]) / "turns").read_text().split() == ["75", "0"]
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["step"], summary["finished"]) == (400, True)
+    assert (summary["step"], summary["finished"]) == (200, True)
     script = Path(f"{run}.sbatch").read_text()
     for line in ("--ntasks-per-node=2", "--gpus-per-node=2", "--signal=USR1@300", "--requeue", "--partition=gpu"):
         assert f"#SBATCH {line}\n" in script
@@ -229,7 +229,7 @@ def test_without_sbatch_the_script_is_there_and_says_where_to_take_it(settings, 
 
 
 def sweep(settings: list[str], *more: str) -> None:
-    finish([start([sys.executable, "-m", "megacell.store.cli", "pretrain", "--multirun", *settings, *more])])
+    finish([start([sys.executable, "-m", "megacell.store.cli", "pretrain", "--multirun", *settings, *more])], starts=2)
 
 
 def test_a_sweep_is_a_run_for_each_value_as_if_started_by_itself(settings, reference, tmp_path):

@@ -140,8 +140,8 @@ def _prepare(optimizer) -> None:
     """Mend two gaps of Megatron 0.16.1 with torch's Adam: state that is not there yet, and its per-parameter step."""
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
+    begin_state(optimizer)
     for part in _distributed_optimizers(optimizer):
-        part._init_optimizer_states_with_dummy_values()
         if HAVE_APEX_OR_TE:
             continue
 
@@ -159,13 +159,18 @@ def _prepare(optimizer) -> None:
 def begin_state(optimizer) -> None:
     """Make the optimizer's state of step 0, which torch makes at the first update: that one may come after a save."""
     for part in _distributed_optimizers(optimizer):
-        part._init_optimizer_states_with_dummy_values()  # at a learning rate of 0: no weight changes
+        groups = part.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0  # Megatron makes the state by an update, whose weight decay must not change the weights
+        part._init_optimizer_states_with_dummy_values()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+            if "step" in group:
+                group["step"] = 0
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"].zero_()
-        for group in part.optimizer.param_groups:
-            if "step" in group:
-                group["step"] = 0
 
 
 def _separate_steps(optimizer) -> None:
