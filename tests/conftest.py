@@ -70,7 +70,15 @@ def vocabulary(store, made) -> Path:
 
 
 def _train(store: Path, vocabulary: Path, out: Path, *settings: str) -> tuple[Path, str]:
-    given = (*TINY, f"steps={STEPS}", "validation.every=6", "checkpoint.every=5", "devices=2", *settings)
+    given = (
+        *TINY,
+        f"steps={STEPS}",
+        "validation.every=6",
+        "checkpoint.every=5",
+        "checkpoint.keep=9",
+        "devices=2",
+        *settings,
+    )
     return out, fine("pretrain", f"store={store}", f"vocabulary={vocabulary}", f"out={out}", *given)
 
 

@@ -148,6 +148,7 @@ def train(
 ) -> list:
     """Train with dropout, from the start or from a checkpoint, saving one on the way; return this rank's results."""
     from megacell.geneformer.training import checkpoint, device
+    from megacell.geneformer.training.saving import Saver
 
     with groups(tensor):
         from megatron.core import parallel_state as state
@@ -162,7 +163,10 @@ def train(
             rank, ranks = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
             results.append(engine.train_step(packs(step, rank, ranks)))
             if step + 1 == save_at:
-                checkpoint.save(Path(folder), save_at, engine.bert, engine.optimizer, {}, keep=2)
+                saver = Saver(Path(folder), engine.bert, engine.optimizer, keep=2)
+                saver.save(save_at, {})
+        if save_at:
+            saver.wait()  # written while training went on
         return results
 
 

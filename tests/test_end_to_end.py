@@ -92,7 +92,7 @@ def test_a_run_leaves_metrics_a_summary_and_whole_checkpoints(name, request, voc
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["step"], summary["finished"]) == (STEPS, True)
     assert {"frequency", "rank_frequency", "masked_genes"} <= summary.keys()
-    assert checkpoints(run) == [10, 12]  # the newest two of 5, 10 and the last
+    assert checkpoints(run) == [5, 6, 10, 12]  # every fifth, the best so far at the validation of 6, and the last
     assert Vocabulary.open(run / "vocabulary").hash == Vocabulary.open(vocabulary).hash
     assert "split by cell" in printed
     assert f"gene frequency {summary['frequency']:.3f}" in printed

@@ -2,7 +2,9 @@
 """However its processes are started, a run is the same run."""
 
 import csv
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,10 +44,10 @@ def losses(run: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-def finish(processes: list[subprocess.Popen]) -> None:
-    """Wait for processes that must all end well."""
+def finish(processes: list[subprocess.Popen], starts: int = 1) -> None:
+    """Wait for processes that must all end well, and that start training so many times, one after the other."""
     for process in processes:
-        output, _ = process.communicate(timeout=WAIT)
+        output, _ = process.communicate(timeout=starts * WAIT)
         assert process.returncode == 0, output
 
 
@@ -67,6 +69,29 @@ def by_torchrun_on_two_nodes(pretrain: list[str]) -> list[subprocess.Popen]:
                "--rdzv-endpoint", f"127.0.0.1:{port}", "-m", *pretrain])
         for node in range(2)
     ]  # fmt: skip
+
+
+def by_launcher_torchrun(pretrain: list[str]) -> list[subprocess.Popen]:
+    meeting = ["launcher=torchrun", "launcher.nodes=2", f"launcher.endpoint=127.0.0.1:{free_port()}"]
+    return [start([sys.executable, "-m", *pretrain, *meeting, "launcher.address=127.0.0.1"]) for _ in range(2)]
+
+
+@pytest.fixture
+def namespaces():
+    """Two network namespaces with a cable between them: (name, address, device) of each end."""
+    ends = [(f"megacell-{os.getpid()}-{k}", f"10.77.0.{k + 1}", f"mc{os.getpid()}-{k}") for k in range(2)]
+    made = [["netns", "add", name] for name, *_ in ends]
+    made += [["link", "add", ends[0][2], "netns", ends[0][0], "type", "veth", "peer", ends[1][2], "netns", ends[1][0]]]
+    made += [["-n", name, "addr", "add", f"{address}/24", "dev", device] for name, address, device in ends]
+    made += [["-n", name, "link", "set", device, "up"] for name, _, end in ends for device in (end, "lo")]
+    try:
+        for words in made:
+            if shutil.which("ip") is None or subprocess.run(["ip", *words], capture_output=True).returncode:
+                pytest.skip("no network namespaces can be made here")
+        yield ends
+    finally:
+        for name, *_ in ends:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def by_srun(pretrain: list[str]) -> list[subprocess.Popen]:
@@ -93,9 +118,152 @@ def reference(settings, tmp_path_factory) -> list[float]:
     return losses(run)
 
 
-@pytest.mark.parametrize("way", [by_torchrun_on_two_nodes, by_srun])
+@pytest.mark.parametrize("way", [by_torchrun_on_two_nodes, by_launcher_torchrun, by_srun])
 def test_every_way_to_start_two_ranks_gives_the_same_losses(way, settings, reference, tmp_path):
     run = tmp_path / "run"
     finish(way(["megacell.store.cli", "pretrain", *settings, f"out={run}"]))
     assert len(reference) == 3
     assert losses(run) == reference
+
+
+@pytest.mark.exhaustive
+def test_machines_that_know_each_other_by_address_only_give_the_same_losses(settings, reference, namespaces, tmp_path):
+    run, port = tmp_path / "run", free_port()
+    meeting = ["launcher=torchrun", "launcher.nodes=2", f"launcher.endpoint={namespaces[0][1]}:{port}"]
+    pretrain = ["-m", "megacell.store.cli", "pretrain", *settings, f"out={run}", *meeting]
+    finish(
+        [
+            start(
+                ["ip", "netns", "exec", name, sys.executable, *pretrain, f"launcher.address={address}"],
+                GLOO_SOCKET_IFNAME=device,
+            )
+            for name, address, device in namespaces
+        ]
+    )
+    assert losses(run) == reference
+
+
+# Slurm, played by three scripts
+
+
+SBATCH = """\
+#!{python}
+# Runs the job at once, and again as long as it is queued again.
+import os, subprocess, sys
+print("Submitted batch job 1234567")
+state = os.environ["FAKE_SLURM"]
+for turn in range(3):
+    code = subprocess.run(["bash", sys.argv[1]], env={{**os.environ, "SLURM_JOB_ID": "1234567"}}).returncode
+    with open(f"{{state}}/turns", "a") as file:
+        file.write(f"{{code}}\\n")
+    if not os.path.exists(f"{{state}}/requeued"):
+        sys.exit(code)
+    os.unlink(f"{{state}}/requeued")
+"""
+SRUN = """\
+#!{python}
+# Two tasks; in the first turn they get SIGUSR1 once a step was logged, as --signal has it.
+import os, signal, subprocess, sys, time
+state, command = os.environ["FAKE_SLURM"], [word for word in sys.argv[1:] if not word.startswith("--wait")]
+job = {{"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+       "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": os.environ["FAKE_PORT"]}}
+tasks = [
+    subprocess.Popen(command, env={{**os.environ, **job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
+    for rank in range(2)
+]
+metrics = f"{{os.environ['FAKE_RUN']}}/metrics.csv"
+first = not os.path.exists(f"{{state}}/turns")
+while first and tasks[0].poll() is None:
+    if os.path.exists(metrics) and len(open(metrics).readlines()) > 3:
+        for task in tasks:
+            task.send_signal(signal.SIGUSR1)
+        break
+    time.sleep(0.05)
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """\
+#!{python}
+import os, sys
+assert sys.argv[1:] == ["requeue", "1234567"], sys.argv
+open(f"{{os.environ['FAKE_SLURM']}}/requeued", "w").close()
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """An environment in which sbatch, srun and scontrol are there."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, text in {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL}.items():
+        (folder / name).write_text(text.format(python=sys.executable))
+        (folder / name).chmod(0o755)
+    run = tmp_path / "a run"
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return run, {"PATH": path, "FAKE_SLURM": str(folder), "FAKE_RUN": str(run), "FAKE_PORT": str(free_port())}
+
+
+def test_a_slurm_job_saves_before_its_time_is_up_and_is_queued_again_until_done(settings, slurm):
+    run, environment = slurm
+    given = [o for o in settings if not o.startswith(("steps=", "checkpoint.", "validation."))]
+    job = ["launcher=srun", "devices=2", "launcher.nodes=1", "steps=200", "launcher.options=['--partition=gpu']"]
+    command = [sys.executable, "-m", "megacell.store.cli", "pretrain", *given, *job, f"out={run}"]
+    finish([start(command, **environment)], starts=2)
+    assert (Path(environment["FAKE_SLURM"]) / "turns").read_text().split() == ["75", "0"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["step"], summary["finished"]) == (200, True)
+    script = Path(f"{run}.sbatch").read_text()
+    for line in ("--ntasks-per-node=2", "--gpus-per-node=2", "--signal=USR1@300", "--requeue", "--partition=gpu"):
+        assert f"#SBATCH {line}\n" in script
+    assert "launcher" not in (run / "config.yaml").read_text()
+
+
+def test_without_sbatch_the_script_is_there_and_says_where_to_take_it(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code = megacell(["pretrain", *settings, "launcher=srun", f"out={tmp_path / 'run'}"])
+    assert code == 2
+    assert f"submit {tmp_path / 'run'}.sbatch where Slurm is" in capsys.readouterr().err
+    assert subprocess.run(["/bin/bash", "-n", f"{tmp_path / 'run'}.sbatch"]).returncode == 0
+
+
+# sweeps
+
+
+def sweep(settings: list[str], *more: str) -> None:
+    finish([start([sys.executable, "-m", "megacell.store.cli", "pretrain", "--multirun", *settings, *more])], starts=2)
+
+
+def test_a_sweep_is_a_run_for_each_value_as_if_started_by_itself(settings, reference, tmp_path):
+    sweep(settings, f"out={tmp_path / 'sweep'}", "optim.lr=1e-3,2e-3", "devices=2")
+    one, two = (tmp_path / "sweep" / name for name in "01")
+    assert losses(one) == reference
+    assert losses(two) != reference
+    assert losses(two)[0] == reference[0]
+
+
+@pytest.mark.exhaustive
+def test_optuna_looks_for_the_lowest_held_out_loss(settings, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    out = tmp_path / "sweep"
+    sweep(settings, f"out={out}", "sweep=optuna", "hydra.sweeper.n_trials=2")
+    found = [json.loads((out / name / "summary.json").read_text())["held_out_loss"] for name in "01"]
+    assert f"best_value: {min(found)}" in (out / "optimization_results.yaml").read_text()
+
+
+@pytest.mark.exhaustive
+def test_submitit_runs_a_sweep_in_jobs_of_its_own(settings, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    out = tmp_path / "sweep"
+    sweep(settings, f"out={out}", "hydra/launcher=submitit_local", "seed=1,2")
+    assert len(losses(out / "0")) == len(losses(out / "1")) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [((), "out=… must be given"), (("out=.",), "exists"), (("out=sweep", "launcher=srun"), "choose local or submitit")],
+    ids=["out is missing", "out exists", "each run would be submitted"],
+)
+def test_a_sweep_is_refused_where(words, says, settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert megacell(["pretrain", "--multirun", *settings, *words]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

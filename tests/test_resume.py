@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import signal
@@ -19,7 +20,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megacell.geneformer.training import checkpoint
 
 STEPS, EVERY = 80, 20
-NOT_FIGURES = {"tokens_per_second", "data_wait", "memory_gib"}  # of the machine, not of the run
+KILLS = 30
+NOT_FIGURES = {"tokens_per_second", "data_wait", "memory_gib", "save_stall"}  # of the machine, not of the run
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,33 @@ def test_a_killed_run_goes_on_as_if_never_killed(killed, whole, made):
     assert f"resuming at step {newest} " in printed
     assert "passed over" not in printed
     assert_the_same(run, whole)
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_is_killed_thirty_times_ends_as_if_never_killed(settings, whole, made):
+    """Every other kill falls into a save; the moments are drawn. Each goes on from what the one before left."""
+    run, draw, in_saves = made / "often", random.Random(0), 0
+    words = [*settings, f"out={run}", "checkpoint.every=2"]
+    for kill_number in range(KILLS):
+        command = Command("pretrain", *words)
+        wait_until(command, run, min(last_step(run) + draw.randint(1, 3), STEPS - 10))
+        deadline = time.monotonic() + 20
+        while kill_number % 2 and not partial(run) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        in_saves += partial(run)
+        assert not kill(command)
+        words = [f"out={run}", "resume=true"]
+        if checkpoints(run) and checkpoints(run)[-1] > STEPS - 20:  # near the end: from an earlier checkpoint again
+            shutil.rmtree(run / "checkpoints")
+    assert in_saves >= KILLS // 6
+    fine("pretrain", *words)
+    assert_the_same(run, whole)
+
+
+def partial(run) -> bool:
+    """Return whether a checkpoint is being written."""
+    return any((run / "checkpoints").glob(".step-*.partial"))
 
 
 def test_sigterm_saves_the_step_and_ends_with_75(stopped, killed):

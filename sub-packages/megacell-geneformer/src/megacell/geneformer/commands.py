@@ -126,6 +126,9 @@ examples:
   megacell pretrain store=STORE vocabulary=VOCAB model=geneformer_10m out=RUN devices=8 precision=bf16 batch.cells=2048
   megacell pretrain store=STORE vocabulary=VOCAB out=RUN devices=2 parallel.tensor=2
   megacell pretrain out=RUN resume=true             go on from the newest checkpoint
+  megacell pretrain out=RUN resume=true devices=1 parallel.tensor=1    ... on another layout of ranks
+  megacell pretrain store=STORE vocabulary=VOCAB out=RUN launcher=srun launcher.nodes=4 devices=8
+  megacell pretrain --multirun store=STORE vocabulary=VOCAB out=SWEEP optim.lr=1e-3,3e-3
   torchrun --nnodes 4 --nproc-per-node 8 -m megacell.store.cli pretrain store=… vocabulary=… out=…
 
 exit codes: 0 done, 1 bad data, 2 wrong usage, 75 ended by SIGTERM, SIGUSR1 or Ctrl-C after a checkpoint was saved
@@ -144,6 +147,9 @@ def _register_pretrain(commands: Any) -> None:
     settings = parser.add_argument("settings", nargs="*", metavar="OPTION=VALUE", help="Hydra overrides")
     setattr(settings, WORDS, _option_words)
     parser.add_argument("--cfg", action="store_true", help="print the composed options and stop")
+    parser.add_argument(
+        "--multirun", action="store_true", help="several runs (OPTION=VALUE,VALUE), in out=SWEEP/0, 1, …"
+    )
     parser.set_defaults(run=_pretrain)
 
 
@@ -161,6 +167,10 @@ def _pretrain(args: argparse.Namespace) -> int:
 
         print(OmegaConf.to_yaml(compose(args.settings)), end="")
         return 0
+    if args.multirun:
+        from megacell.geneformer.training.sweep import main as sweep
+
+        return sweep(args.settings)
     from megacell.geneformer.training.launch import end_with_parent, started_by_launcher
 
     if started_by_launcher():

@@ -10,6 +10,8 @@ from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store.errors import DataError, UsageError
 
+BEST = "best"  # RUN/best: of a run's checkpoints, the one of the lowest held-out loss
+
 log = logging.getLogger(__name__)
 
 
@@ -19,8 +21,11 @@ def is_hugging_face(path: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that ``path`` is, or the newest whole one of the run that it is."""
+    """Return the checkpoint that ``path`` is, the newest whole one of the run that it is, or the best for RUN/best."""
     from megacell.geneformer.training import checkpoint
+
+    if path.name == BEST and not path.exists() and (path.parent / "checkpoints").is_dir():
+        return checkpoint.best(path.parent / "checkpoints")
 
     if (path / checkpoint.MARKER).is_file():
         checkpoint.check(path)
@@ -32,6 +37,8 @@ def find_checkpoint(path: Path) -> Path:
         for line in lines:
             log.warning(line)
         return newest
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
     raise UsageError(f"{path}: neither a .nemo file, a Hugging Face directory, a run folder nor a checkpoint")
 
 
@@ -52,8 +59,6 @@ def open_model(path: Path, vocabulary: Vocabulary | None = None):
     UsageError, DataError
         If there is no such model there, or it is damaged.
     """
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder")
     if is_hugging_face(path):
         return _of_hugging_face(path, vocabulary)
     model = _of_archive(path) if path.is_file() else _of_checkpoint(find_checkpoint(path))

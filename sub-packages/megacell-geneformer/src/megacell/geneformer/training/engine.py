@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -15,6 +16,15 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 from omegaconf import DictConfig
 
 from megacell.geneformer.model.bert import Pack, PackedBert
+
+Accept = Callable[[float, int, float | None], bool]
+"""Whether to make an update: of the loss summed over this rank's masked genes, their number, and the gradient norm over
+all ranks; None where the gradients overflowed in 16 bits."""
+
+
+class _LeftOut(Exception):
+    def __init__(self, grad_norm: float):
+        self.grad_norm = grad_norm
 
 
 @dataclass
@@ -30,7 +40,7 @@ class StepResult:
     lr : float
         Learning rate of the update.
     applied : bool
-        False where the gradients overflowed: the update was left out, and the loss scale lowered.
+        False where the update was left out: it was not accepted, or the gradients overflowed in fp16.
     loss_scale : float
         What the next step's loss is multiplied by, so that its gradients fit into fp16; else 1.
     """
@@ -63,24 +73,46 @@ class Engine:
         self.bert = bert
         self.ddp = DistributedDataParallel(bert.config, config, bert)
         self.optimizer = _optimizer(cfg, self.ddp)
+        self.optimizer.get_grad_norm = partial(self._ask, self.optimizer.get_grad_norm)
+        self._accept: Callable[[float | None], bool] | None = None
         self.scheduler = schedule(cfg, self.optimizer)
         bert.config.no_sync_func = self.ddp.no_sync
         bert.config.grad_scale_func = self.optimizer.scale_loss
         bert.config.finalize_model_grads_func = finalize_model_grads
 
-    def train_step(self, packs: list[Pack]) -> StepResult:
+    def train_step(self, packs: list[Pack], accept: Accept | None = None) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of one global batch.
 
         The gradient is that of the mean loss over the masked genes of all ranks.
+
+        Parameters
+        ----------
+        packs : list of Pack
+        accept : Accept, optional
+            Asked on all ranks before the update, which is left out where it answers no, on all alike.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss_sum, masked = self.forward_backward(packs)
         self.scheduler.step(1)  # before the update: the n-th step takes the schedule's n-th rate
-        applied, grad_norm, _ = self.optimizer.step()
-        norm = float(grad_norm) if applied else math.inf
+        self._accept = accept and partial(accept, loss_sum, masked)
+        try:
+            applied, grad_norm, _ = self.optimizer.step()
+        except _LeftOut as left_out:
+            applied, grad_norm = False, left_out.grad_norm
+        if grad_norm is None:  # the gradients overflowed in 16 bits: Megatron leaves the update out by itself
+            grad_norm = math.inf
+            if self._accept:
+                self._accept(None)
         rate, scale = self.optimizer.param_groups[0]["lr"], float(self.optimizer.get_loss_scale())
-        return StepResult(loss_sum, masked, norm, rate, bool(applied), scale)
+        return StepResult(loss_sum, masked, float(grad_norm), rate, bool(applied), scale)
+
+    def _ask(self, measure: Callable[[], float]) -> float:
+        """Stand in Megatron's step where it measures the gradients, before it clips and uses them."""
+        grad_norm = float(measure())
+        if self._accept and not self._accept(grad_norm):
+            raise _LeftOut(grad_norm)
+        return grad_norm
 
     def forward_backward(self, packs: list[Pack], *, forward_only: bool = False) -> tuple[float, int]:
         """Run Megatron's schedule; return the loss summed over this rank's masked genes, and their number."""

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Mapping
+from typing import Any
 
 INTERRUPTED = 75  # exit code after a signal: a checkpoint was saved, resume=true goes on (sysexits' EX_TEMPFAIL)
 _PARENT = "MEGACELL_LAUNCHER"  # in the environment of the ranks: the id of the process that started them
@@ -63,8 +65,11 @@ def _forward(number: int, frame: object) -> None:
         os.kill(pid, number)
 
 
-def launch(devices: int, overrides: list[str]) -> int:
-    """Run ``megacell pretrain`` in ``devices`` processes and return their exit code.
+def launch(devices: int, overrides: list[str], meeting: Mapping[str, Any] | None = None) -> int:
+    """Run ``megacell pretrain`` in ``devices`` processes here and return their exit code.
+
+    For several machines the same is called on each, and ``meeting`` is ``launcher`` of the settings: nodes, endpoint,
+    address, id.
 
     The agent's own answer to a signal (wait 30 s, then kill) would cut a save short: it leaves them to us, and
     the ranks end themselves once their checkpoint stands. A rank that dies ends the others.
@@ -74,12 +79,13 @@ def launch(devices: int, overrides: list[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables; a rank says why it ended
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=meeting["nodes"] if meeting else 1,
+        max_nodes=meeting["nodes"] if meeting else 1,
         nproc_per_node=devices,
-        run_id=uuid.uuid4().hex,
+        run_id=meeting["id"] if meeting else uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=meeting["endpoint"] if meeting else "localhost:0",
+        local_addr=meeting["address"] if meeting else None,
         max_restarts=0,
         monitor_interval=0.5,
         signals_to_handle="SIGQUIT",

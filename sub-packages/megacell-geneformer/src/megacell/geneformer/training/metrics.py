@@ -2,9 +2,11 @@
 """What a run tells while it goes: metrics.csv, TensorBoard, a progress bar, a line a validation."""
 
 import csv
+import math
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +18,36 @@ from megacell.geneformer.batches import MicroBatch
 COLUMNS = (
     "step", "loss", "grad_norm", "lr", "masked_tokens", "tokens_per_second", "data_wait", "engine",
     "memory_gib", "cells", "tokens", "held_out_loss",
+    "loss_spike", "grad_norm_spike", "skipped", "save_stall",
 )  # fmt: skip
-SUMS = ("loss", "masked", "tokens", "cells", "stop")  # what is reduced over data parallel ranks at each step
+
+
+SPIKES = ("loss_spike", "grad_norm_spike")
+
+
+@dataclass
+class StepSums:
+    """A step's figures over all ranks, the same on each.
+
+    Attributes
+    ----------
+    loss, masked : float
+        Loss summed over the masked genes (nats), and their number.
+    grad_norm : float
+        Before clipping.
+    tokens, cells : float
+        Real tokens and cells.
+    signals, written : float
+        Ranks that have received a signal; ranks that have nothing left to write of the last checkpoint.
+    """
+
+    loss: float
+    masked: float
+    grad_norm: float
+    tokens: float
+    cells: float
+    signals: float
+    written: float
 
 
 def memory_gib() -> float:
@@ -32,8 +62,11 @@ class Measure:
 
     def __init__(self) -> None:
         self.tokens = self.cells = 0
+        self.cell_numbers: list[int] = []
         self.window_tokens = self.window_masked = self.window_cells = 0.0
         self.window_loss = 0.0
+        self.window_spikes: dict[str, float] = {}
+        self.window_skipped = 0
         self.window_start = time.perf_counter()
         self.wait_start = 0.0
         self.engine_seconds = 0.0
@@ -41,20 +74,26 @@ class Measure:
     def start_step(self, batch: list[MicroBatch]) -> None:
         """Note what this rank has to do in the step: real tokens and cells, padding left out."""
         self.tokens = sum(b.n_tokens for b in batch)
-        self.cells = sum(len(b.cells) for b in batch)
+        self.cell_numbers = [int(cell) for b in batch for cell in b.cells]
+        self.cells = len(self.cell_numbers)
 
-    def add(self, sums: dict[str, float]) -> None:
-        """Add a step's sums over all ranks."""
-        self.window_loss += sums["loss"]
-        self.window_masked += sums["masked"]
-        self.window_tokens += sums["tokens"]
-        self.window_cells += sums["cells"]
+    def add(self, step: "StepSums", ratios: dict[str, float], skipped: bool) -> None:
+        """Add a step; ``ratios``: its loss and gradient norm as multiples of the usual ones, by `SPIKES`' order."""
+        self.window_tokens += step.tokens
+        self.window_cells += step.cells
+        self.window_skipped += skipped
+        if not skipped:
+            self.window_loss += step.loss
+            self.window_masked += step.masked
+        for name, ratio in zip(SPIKES, ratios.values(), strict=True):
+            if not math.isnan(ratio):
+                self.window_spikes[name] = max(ratio, self.window_spikes.get(name, 0.0))
 
     def window(self, waited: float) -> dict[str, float]:
         """Return the figures since the last call, and start anew; ``waited``: seconds waited for data in all."""
         seconds = time.perf_counter() - self.window_start
         figures = {
-            "loss": self.window_loss / self.window_masked,
+            "loss": self.window_loss / self.window_masked if self.window_masked else math.nan,
             "masked_tokens": int(self.window_masked),
             "tokens": int(self.window_tokens),
             "cells": int(self.window_cells),
@@ -62,8 +101,11 @@ class Measure:
             "data_wait": round((waited - self.wait_start) / seconds, 4),
             "engine": round(self.engine_seconds / seconds, 4),
             "memory_gib": round(memory_gib(), 3),
+            "skipped": self.window_skipped,
+            **self.window_spikes,
         }
         self.window_loss = self.window_masked = self.window_tokens = self.window_cells = self.engine_seconds = 0.0
+        self.window_spikes, self.window_skipped = {}, 0
         self.window_start, self.wait_start = time.perf_counter(), waited
         return figures
 

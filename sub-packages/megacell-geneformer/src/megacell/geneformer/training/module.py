@@ -105,10 +105,9 @@ class GeneformerModel(ModelPT):
         """One optimizer step, and what the run does after it."""
         device.seed_step(self.run.cfg.seed, self.run.step)
         start = time.perf_counter()
-        result = self.engine.train_step(packs)
-        self.run.measure.engine_seconds += (
-            time.perf_counter() - start
-        )  # its figures were waited for: a GPU is done, too
+        result = self.engine.train_step(packs, self.run.accept)
+        seconds = time.perf_counter() - start  # its figures were waited for: a GPU is done, too
+        self.run.measure.engine_seconds += seconds
         self.run.after_step(self, result)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from megacell.geneformer.training import device, launch, loggers, settings
+from megacell.geneformer.training import device, launch, loggers, settings, slurm
 from megacell.store.errors import UsageError
 
 
@@ -15,8 +15,16 @@ def main(overrides: list[str]) -> int:
     cfg = settings.compose(overrides)
     check_paths(cfg)
     loggers.check(cfg)
-    settings.check_ranks(cfg, launch.world_size(cfg.devices))
-    if cfg.devices > 1 and not launch.started_by_launcher():
+    launcher, nodes = cfg.launcher, cfg.launcher.get("nodes", 1)
+    if launch.started_by_launcher():
+        settings.check_ranks(cfg, launch.world_size(cfg.devices))
+        return train(cfg)
+    settings.check_ranks(cfg, nodes * cfg.devices)
+    if launcher.kind == "srun":
+        return slurm.submit(cfg, overrides)
+    if launcher.kind == "torchrun":
+        return launch.launch(cfg.devices, overrides, launcher)
+    if cfg.devices > 1:
         return launch.launch(cfg.devices, overrides)
     return train(cfg)
 
@@ -82,7 +90,9 @@ def train(cfg: DictConfig) -> int:
 
 
 def _cluster() -> list:
-    """Under srun: Lightning's environment for it, without its own requeueing."""
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
+    """Return Lightning's view of what started the ranks; under srun without its own requeueing."""
+    from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
+    if TorchElasticEnvironment.detect():  # also inside of a Slurm job, whose one task may have started them
+        return [TorchElasticEnvironment()]
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []

@@ -3,10 +3,11 @@
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -32,9 +33,13 @@ from megacell.geneformer.training.data import (
     save_frequencies,
 )
 from megacell.geneformer.training.engine import StepResult
-from megacell.geneformer.training.metrics import SUMS, Measure, MetricsFile, Screen
+from megacell.geneformer.training.guard import Guard, SkippedFile
+from megacell.geneformer.training.metrics import Measure, MetricsFile, Screen, StepSums
 from megacell.geneformer.training.recorded import check_ranks_agree, store_record
 from megacell.geneformer.training.run_readme import write_readme
+from megacell.geneformer.training.saving import Saver
+from megacell.geneformer.training.signals import Signals
+from megacell.store.durable import write_whole
 from megacell.store.errors import DataError
 
 
@@ -62,8 +67,10 @@ class Run:
         self.step = 0
         self.stopped = False
         self.baselines: dict[str, float] = {}
+        self.held_out_loss = math.nan
         self.measure = Measure()
-        self.signals = checkpoint.Signals()
+        self.guard = Guard(**cfg.guard)
+        self.signals = Signals()
         self.closing = contextlib.ExitStack()
         self.screen = Screen(cfg.steps, shown=self.first)
         if self.first:
@@ -76,8 +83,10 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.cfg.resume:
             shutil.copytree(self.cfg.vocabulary, self.out / "vocabulary", dirs_exist_ok=True)
-            whole = {name: str(Path(self.cfg[name]).resolve()) for name in ("store", "vocabulary")}
-            OmegaConf.save(OmegaConf.merge(self.cfg, whole, {"resume": False}), self.out / settings.SAVED)
+            paths = {name: str(Path(self.cfg[name]).resolve()) for name in ("store", "vocabulary")}
+            own = OmegaConf.masked_copy(self.cfg, [str(name) for name in self.cfg if name not in settings.ELSEWHERE])
+            text = OmegaConf.to_yaml(OmegaConf.merge(own, paths, {"resume": False}))
+            write_whole(self.out / settings.SAVED, text.encode())
         write_readme(self.out, self.cfg, self.data)
 
     @cached_property
@@ -98,12 +107,22 @@ class Run:
     def begin(self, module) -> None:
         """Go on from the newest whole checkpoint, or from step 0; network, optimizer and process groups stand."""
         check_ranks_agree(self.data.store, module.device)
+        self.device = module.device
+        checkpoint.begin_state(module.engine.optimizer)
         if self.cfg.resume:
             self._load_newest(module)
         self.facts = self._facts()
+        folder, choice = self.out / "checkpoints", self.cfg.checkpoint
         if self.first:
-            (self.out / "checkpoints").mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
+        self.saver = Saver(
+            folder, module.bert, module.engine.optimizer, keep=choice.keep, best=choice.best,
+            asynchronous=choice.asynchronous,
+        )  # fmt: skip
+        self.best_loss = self._of_the_first(checkpoint.best_loss(folder)) if choice.best else -math.inf
+        if self.first:
             self.metrics = MetricsFile(self.out / "metrics.csv", self.step)
+            self.skipped = SkippedFile(self.out / "skipped.csv", self.step)
             save_frequencies(self.frequency, self.out / "baselines.npz")
             self.baselines = frequency_losses(self.frequency, self.data)
             self.screen.line(
@@ -126,6 +145,7 @@ class Run:
             self.stream.step_of(facts["stream"])
         checkpoint.load(self.found, module.bert, module.engine.optimizer)
         self.step = facts["step"]
+        self.guard.restore(facts.get("guard", self.guard.state()))
         module.engine.scheduler.step(self.step)
         self._tell_lightning(module)
         self.screen.line(f"resuming at step {self.step} from {self.found}")
@@ -191,48 +211,110 @@ class Run:
             tensor=self.cfg.parallel.tensor,
         )
 
+    # in each step, before its update
+
+    def accept(self, loss_sum: float, masked: int, grad_norm: float | None) -> bool:
+        """Add the step's figures up over all ranks, and say whether to make the update; on all ranks alike."""
+        self.overflow = grad_norm is None
+        self.sums = self._reduce(loss_sum, masked, math.inf if grad_norm is None else grad_norm)
+        loss = self.sums.loss / self.sums.masked
+        ratios = self.guard.ratios(loss, math.nan if self.overflow else self.sums.grad_norm)
+        reason = self.guard.judge(loss, self.sums.grad_norm, self.overflow)
+        self.measure.add(self.sums, ratios, skipped=reason is not None)
+        if reason:
+            self._tell_skipped(reason, loss)
+        return reason is None
+
+    def _reduce(self, loss_sum: float, masked: int, grad_norm: float) -> StepSums:
+        """Sum up over all ranks in one go; tensor parallel ranks have the same figures, of which one rank's count."""
+        mine = (loss_sum, masked, 0.0, self.measure.tokens, self.measure.cells)
+        counts = parallel_state.get_tensor_model_parallel_rank() == 0
+        figures = torch.zeros(len(fields(StepSums)), dtype=torch.float64)
+        if counts:
+            figures[: len(mine)] = torch.tensor(mine)
+        if dist.get_rank() == 0:
+            figures[2] = grad_norm
+        figures[len(mine) :] = torch.tensor([self.signals.received is not None, self.saver.written])
+        figures = figures.to(self.device)
+        dist.all_reduce(figures)
+        return StepSums(*figures.tolist())
+
+    def _tell_skipped(self, reason: str, loss: float) -> None:
+        """Log the cells of a skipped step, which are spread over the ranks."""
+        parts: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+        counts = parallel_state.get_tensor_model_parallel_rank() == 0
+        dist.all_gather_object(parts, self.measure.cell_numbers if counts else [])
+        cells = sorted(cell for part in parts for cell in part)
+        named = ", ".join(map(str, cells[:8])) + (f" and {len(cells) - 8} more" if len(cells) > 8 else "")
+        self.screen.line(f"step {self.step + 1} skipped: {reason}; cells {named} (all in skipped.csv)")
+        if self.first:
+            row = {"step": self.step + 1, "reason": reason, "loss": loss, "grad_norm": self.sums.grad_norm}
+            self.skipped.write({**row, "cells": " ".join(map(str, cells))})
+
     # after each step
 
     def after_step(self, module, result: StepResult) -> None:
         """Count the step, log, validate, save, and stop where a signal asked for it; on all ranks alike."""
         self.step += 1
         self._tell_lightning(module)
-        self._reduce(module, result)
-        if not result.applied:
+        self.stopped = self.sums.signals > 0
+        if self.sums.written == dist.get_world_size():
+            self.saver.commit()
+        if self.overflow:
             self.screen.line(
                 f"step {self.step}: gradients overflowed in fp16: update left out, loss scale now {result.loss_scale:g}"
             )
         done = self.step >= self.cfg.steps
+        last = done or self.stopped or self.guard.exhausted
         row: dict[str, float] = {}
-        if self.step % self.cfg.log_every == 0 or done or self.stopped:
+        if self.step % self.cfg.log_every == 0 or last:
             figures = self.measure.window(self.prefetched.wait_seconds)
-            row = {"step": self.step, **figures, "grad_norm": result.grad_norm, "lr": result.lr}
+            row = {"step": self.step, **figures, "grad_norm": self.sums.grad_norm, "lr": result.lr}
         paused = time.perf_counter()
         if self.step % self.cfg.validation.every == 0 or done:
             row.setdefault("step", self.step)
-            row["held_out_loss"], _ = module.held_out_loss()
-        if self.step % self.cfg.checkpoint.every == 0 or done or self.stopped:
-            folder, keep = self.out / "checkpoints", self.cfg.checkpoint.keep
-            facts = {**self.facts, "stream": self.stream.state_dict(self.step)}
-            checkpoint.save(folder, self.step, module.bert, module.engine.optimizer, facts, keep)
+            self.held_out_loss, _ = module.held_out_loss()
+            row["held_out_loss"] = self.held_out_loss
+        if not self.guard.exhausted:
+            self._save(row, due=self.step % self.cfg.checkpoint.every == 0 or last, wait=last)
         self.measure.pause(time.perf_counter() - paused)
         if self.first:
             self._tell(module, row)
+        if self.guard.exhausted:
+            self._give_up()
         module.trainer.should_stop = module.trainer.should_stop or self.stopped
+
+    def _save(self, row: dict[str, float], *, due: bool, wait: bool) -> None:
+        """Save where it is due, and where the held-out loss is the lowest so far."""
+        loss = self._of_the_first(row["held_out_loss"]) if "held_out_loss" in row else math.inf
+        if due or loss < self.best_loss:
+            started = time.perf_counter()
+            known = {"held_out_loss": loss} if math.isfinite(loss) else {}
+            stood = {"stream": self.stream.state_dict(self.step), "guard": self.guard.state()}
+            self.saver.save(self.step, {**self.facts, **known, **stood})
+            if wait:
+                self.saver.wait()
+            row.setdefault("step", self.step)
+            row["save_stall"] = round(time.perf_counter() - started, 3)
+        self.best_loss = min(loss, self.best_loss)
+
+    def _of_the_first(self, value: float) -> float:
+        """Return rank 0's value on all ranks, which decide by it."""
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return float(shared)
+
+    def _give_up(self) -> None:
+        self.saver.wait()
+        first = self.step - self.guard.skipped + 1
+        raise DataError(
+            f"{self.out}: all steps from {first} to {self.step} were skipped (skipped.csv says why): "
+            "go on from the checkpoint before by resume=true, with a lower optim.lr or higher guard.*"
+        )
 
     def _tell_lightning(self, module) -> None:
         """Set Lightning's count of steps, which it takes from optimizers that it drives itself."""
         module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.step
-
-    def _reduce(self, module, result: StepResult) -> None:
-        """Sum the step's figures over data parallel ranks; agree over all ranks whether to stop."""
-        mine = (result.loss_sum, result.masked, self.measure.tokens, self.measure.cells)
-        totals = torch.tensor([*mine, self.signals.received is not None], dtype=torch.float64, device=module.device)
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-        dist.all_reduce(totals[-1], group=parallel_state.get_tensor_model_parallel_group())
-        sums = dict(zip(SUMS, totals.tolist(), strict=True))
-        self.stopped = bool(sums["stop"])
-        self.measure.add(sums)
 
     def _tell(self, module, row: dict[str, float]) -> None:
         figures = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s" if "loss" in row else None
@@ -260,6 +342,8 @@ class Run:
         if self.first:
             self.metrics.close()
             summary = {"step": self.step, "finished": finished, **self.baselines}
+            if finished:
+                summary["held_out_loss"] = self.held_out_loss
             (self.out / "summary.json").write_text(json.dumps(summary, indent=1))
         if finished:
             return 0

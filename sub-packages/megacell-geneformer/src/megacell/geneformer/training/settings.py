@@ -9,7 +9,8 @@ from megacell.geneformer.model.config import Layout, ModelConfig
 from megacell.store.errors import UsageError
 
 SAVED = "config.yaml"  # in the run folder: what the run was started with
-KEPT = ("seed", "batch.cells", "model", "data", "init")  # what makes a run the run that it is
+ELSEWHERE = ("launcher", "sweep")  # how the processes are started: not a part of the run, may change at any time
+KEPT = ("seed", "batch.cells", "model", "data", "init", "precision")  # what makes a run the run that it is
 FREE = ("data.prefetch", "data.threads")  # but not these
 QUERY = "data.where="
 ORDERS = ("shuffled", "blocks")
@@ -29,7 +30,8 @@ def config_dir() -> Path:
     raise UsageError(f"{package}: no configs folder beside or above it: install Megacell again")
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
+    """Return the option that a Hydra override sets."""
     return override.split("=", 1)[0].lstrip("+~")
 
 
@@ -76,8 +78,8 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     saved = Path(cfg.out) / SAVED
     if not saved.is_file():
         raise UsageError(f"out={cfg.out}: no run to resume there; leave resume=true out to start one")
-    given = [o for o in overrides if _key(o) not in ("resume", "out")]
-    for key in map(_key, given):
+    given = [o for o in overrides if key_of(o).split(".")[0] not in ("resume", "out", *ELSEWHERE)]
+    for key in map(key_of, given):
         if key in FREE:
             continue
         if key.split(".")[0] in KEPT or key in KEPT or (config_dir() / key).is_dir():
@@ -91,12 +93,13 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 def _check(cfg: DictConfig) -> None:
     positive = ("steps", "devices", "batch.cells", "batch.tokens", "validation.every", "validation.cells",
-                "checkpoint.every", "checkpoint.keep", "log_every", "parallel.tensor", "data.prefetch", "data.block",
-                "data.blocks")  # fmt: skip
+                "checkpoint.every", "checkpoint.keep", "guard.window", "guard.stop_after", "log_every",
+                "parallel.tensor", "data.prefetch", "data.block", "data.blocks")  # fmt: skip
     for name in positive:
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"{name}={value}: must be a whole number of at least 1")
+    _check_guard(cfg)
     for name in ("lr", "min_lr", "warmup", "hold", "weight_decay", "beta1", "beta2", "eps", "clip"):
         if not isinstance(cfg.optim[name], int | float) or cfg.optim[name] < 0:
             raise UsageError(f"optim.{name}={cfg.optim[name]}: must be a number of at least 0")
@@ -160,6 +163,17 @@ def _check_data(data: DictConfig) -> None:
                 raise UsageError(f"data.{group}.{name}={value}: must be a number")
     MaskSettings(**data.masking)
     SplitSettings(**{name: value for name, value in data.split.items() if value is not None})
+
+
+def _check_guard(cfg: DictConfig) -> None:
+    for name in ("loss", "grad_norm"):
+        value = cfg.guard[name]
+        if value is not None and (not isinstance(value, int | float) or value <= 1):
+            raise UsageError(f"guard.{name}={value}: must be a number above 1, or null")
+    if not isinstance(cfg.checkpoint.best, int) or cfg.checkpoint.best < 0:
+        raise UsageError(f"checkpoint.best={cfg.checkpoint.best}: must be a whole number of at least 0")
+    if not isinstance(cfg.checkpoint.asynchronous, bool):
+        raise UsageError(f"checkpoint.asynchronous={cfg.checkpoint.asynchronous}: must be true or false")
 
 
 def model_config(cfg: DictConfig, vocabulary_size: int) -> ModelConfig:
