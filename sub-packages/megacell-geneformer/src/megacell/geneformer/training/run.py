@@ -146,6 +146,7 @@ class Run:
         checkpoint.load(self.found, module.bert, module.engine.optimizer)
         self.step = facts["step"]
         self.guard.restore(facts.get("guard", self.guard.state()))
+        self.held_out_loss = facts.get("held_out_loss", math.nan)
         module.engine.scheduler.step(self.step)
         self._tell_lightning(module)
         self.screen.line(f"resuming at step {self.step} from {self.found}")
