@@ -57,7 +57,7 @@ def test_a_micro_batch_is_laid_out_as_it_says(stream, store, vocabulary_for):
         n = len(batch.cells)
         starts = batch.cu_seqlens
         arrays = (batch.tokens, batch.positions, batch.masked, batch.labels, batch.cells)
-        assert [array.dtype for array in arrays] == [np.int64] * 5
+        assert [array.dtype for array in arrays] == [np.int32] * 4 + [np.int64]
         assert starts.dtype == np.int32
         assert len(batch.tokens) % 8 == 0
         assert starts[n] == batch.n_tokens <= 150

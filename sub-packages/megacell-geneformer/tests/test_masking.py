@@ -57,14 +57,13 @@ def corrupt(cells, lengths, seed=0, epoch=0, stream=TRAINING, settings=None, row
         rows = [np.concatenate([[2], row, [3]]) for row in rows]
     truth = np.concatenate(rows).astype(np.int64)
     cu = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    tokens, longest = truth.copy(), max(len(row) for row in rows)
+    tokens = truth.copy()
     is_gene = np.zeros(206, bool)
     is_gene[GENES] = True
-    masked, labels = np.empty(len(truth) + 4, np.int64), np.empty(len(truth) + 4, np.int64)
+    masked, labels = np.empty(len(truth), np.int64), np.empty(len(truth), np.int64)
     who = np.asarray(cells, np.int64), np.tile(stream_key(seed, epoch, stream), (len(rows), 1))
     rules = (settings or MaskSettings()).thresholds(), GENES, is_gene, 1
-    room = np.empty(longest + 4, np.uint32), np.empty(longest + 4, np.uint32), np.empty(longest + 4, np.int64)
-    n = mask_cells((tokens, cu), who, rules, room, masked, labels)
+    n = mask_cells((tokens, cu), who, rules, masked, labels)
     return tokens, truth, masked[:n], labels[:n], cu
 
 

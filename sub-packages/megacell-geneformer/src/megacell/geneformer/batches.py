@@ -16,13 +16,16 @@ import numpy as np
 from megacell.geneformer.buffers import Pool, WorkingRoom
 from megacell.geneformer.cell_sets import CellSet
 from megacell.geneformer.compiling import compiled
-from megacell.geneformer.masking import TRAINING, VALIDATION, MaskSettings, mask_cells, stream_key
+from megacell.geneformer.masking import TRAINING, VALIDATION, MaskSettings, Rules, mask_cells, stream_key
 from megacell.geneformer.order import Order, Shuffled, global_batch, micro_batches, share_out
-from megacell.geneformer.ranking import RankEncoder
+from megacell.geneformer.ranking import RankEncoder, RowsOfStore
 from megacell.geneformer.token_folder import encoder_for
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError, MegacellError, UsageError
+
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+NO_KEYS = np.zeros((0, 2), np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +34,17 @@ class MicroBatch:
 
     Attributes
     ----------
-    tokens : np.ndarray, int64 [T]
+    tokens : np.ndarray, int32 [T]
         Cell after cell without padding between; T is rounded up with pad tokens at the end.
-    positions : np.ndarray, int64 [T]
+    positions : np.ndarray, int32 [T]
         Place of each token within its cell, 0 for pad tokens.
     cu_seqlens : np.ndarray, int32 [C + 1 or C + 2]
         Sequence i is ``tokens[cu_seqlens[i]:cu_seqlens[i + 1]]``; pad tokens, if any, are one last sequence.
     max_seqlen : int
         Longest sequence, the pad tokens' included.
-    masked : np.ndarray, int64 [M]
+    masked : np.ndarray, int32 [M]
         Places in ``tokens`` that were chosen, ascending, whatever became of the token.
-    labels : np.ndarray, int64 [M]
+    labels : np.ndarray, int32 [M]
         The tokens that stood there.
     cells : np.ndarray, int64 [C]
         Global cell numbers.
@@ -60,13 +63,28 @@ class MicroBatch:
 
 
 @compiled
-def _number_positions(cu_lengths: np.ndarray, positions: np.ndarray) -> None:
-    for i in range(len(cu_lengths) - 1):
+def _finish(
+    packed: tuple[np.ndarray, np.ndarray],
+    cells: tuple[np.ndarray, np.ndarray],
+    rules: Rules,
+    positions: np.ndarray,
+    ends: np.ndarray,
+    predicted: tuple[np.ndarray, np.ndarray],
+) -> tuple[int, int]:
+    """Number positions, write where sequences end, mask where there are keys; return longest and number chosen."""
+    tokens, cu_lengths = packed
+    n = len(cu_lengths) - 1
+    longest = len(tokens) - cu_lengths[n]
+    ends[0], ends[-1] = 0, len(tokens)
+    for i in range(n):
         row = positions[cu_lengths[i] : cu_lengths[i + 1]]
         for j in range(len(row)):
             row[j] = j
-    for i in range(cu_lengths[-1], len(positions)):
-        positions[i] = 0
+        ends[i + 1] = cu_lengths[i + 1]
+        longest = max(longest, len(row))
+    for j in range(cu_lengths[n], len(tokens)):
+        positions[j] = 0
+    return longest, mask_cells(packed, cells, rules, predicted[0], predicted[1]) if len(cells[1]) else 0
 
 
 class Packer:
@@ -88,43 +106,44 @@ class Packer:
         self._rules = masking.thresholds(), vocabulary.gene_tokens, is_gene, vocabulary.specials["mask"]
         self._work, self._pool = WorkingRoom(), Pool()
 
-    def gather(self, store: CellStore, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the rows of ``cells``; valid until this thread gathers the next."""
+    def gather(self, store: CellStore, cells: np.ndarray) -> "Rows | RowsOfStore":
+        """Return the rows of ``cells`` for `pack`: in place where they can be read there, else copied.
+
+        Copies are valid until this thread gathers the next.
+        """
+        if isinstance(store, CellStore) and (rows := store.rows_in_place(cells)) is not None:
+            return RowsOfStore(store, rows)
         return store.gather(cells, empty=lambda size, dtype: self._work.get(f"gathered {dtype}", size, dtype))
 
-    def pack(
-        self, rows: tuple[np.ndarray, np.ndarray, np.ndarray], cells: np.ndarray, keys: np.ndarray | None = None
-    ) -> MicroBatch:
+    def pack(self, rows: "Rows | RowsOfStore", cells: np.ndarray, keys: np.ndarray | None = None) -> MicroBatch:
         """Rank, pack and mask.
 
         Parameters
         ----------
-        rows : (indptr, genes, counts)
-            As `RankEncoder.encode` takes them.
+        rows : (indptr, genes, counts) or RowsOfStore
+            As `RankEncoder.encode` takes them, or of `gather`.
         cells : int64 [C]
             The rows' global cell numbers.
         keys : uint32 [C, 2], optional
             `stream_key` of each; without, nothing is masked.
         """
-        empty, get = self._pool.empty, self._work.get
-        tokens, cu_lengths = self.encoder.encode(*rows, dtype=np.int64, multiple_of=self.multiple_of)
-        n_tokens, longest = int(cu_lengths[-1]), int(np.diff(cu_lengths).max(initial=0))
-        positions = empty(len(tokens), np.int64)
-        _number_positions(cu_lengths, positions)
-        masked, labels, chosen = empty(n_tokens + 4, np.int64), empty(n_tokens + 4, np.int64), 0
-        if keys is not None:
-            room = (
-                get("words", longest + 4, np.uint32),
-                get("kinds", longest + 4, np.uint32),
-                get("drawn", longest + 4, np.int64),
-            )
-            chosen = mask_cells((tokens, cu_lengths), (cells, keys), self._rules, room, masked, labels)
-        ends = cu_lengths if n_tokens == len(tokens) else np.append(cu_lengths, len(tokens))
+        if isinstance(rows, RowsOfStore):
+            tokens, cu_lengths = self.encoder.encode_in_place(rows, multiple_of=self.multiple_of)
+        else:
+            tokens, cu_lengths = self.encoder.encode(*rows, multiple_of=self.multiple_of)
+        size, n_tokens = len(tokens), int(cu_lengths[-1])
+        room = self._pool.empty(3 * size, np.int32)
+        positions, masked, labels = room[:size], room[size : 2 * size], room[2 * size :]
+        ends = np.empty(len(cu_lengths) + (n_tokens < size), np.int32)
+        longest, chosen = _finish(
+            (tokens, cu_lengths), (cells, NO_KEYS if keys is None else keys), self._rules, positions, ends,
+            (masked, labels),
+        )  # fmt: skip
         return MicroBatch(
             tokens=tokens,
             positions=positions,
-            cu_seqlens=ends.astype(np.int32),
-            max_seqlen=max(longest, len(tokens) - n_tokens),
+            cu_seqlens=ends,
+            max_seqlen=longest,
             masked=masked[:chosen],
             labels=labels[:chosen],
             cells=cells,

@@ -16,6 +16,7 @@ depends on its neighbours in a batch, on workers, ranks, or on where a run was r
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ TRAINING, VALIDATION, ORDER = 0, 1, 2  # streams of random numbers that never me
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # Philox's multipliers and Weyl increments
 _W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _HALF = np.uint64(32)
+LANES = 32  # positions drawn at once: loops without a rest are vectorised to their end
 
 Rules = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
@@ -109,19 +111,28 @@ def stream_key(seed: int, epoch: int, stream: int) -> np.ndarray:
     """
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed {seed}: give a whole number from 0 to 2^64 - 1")
+    return np.array(_stream_key(seed, epoch, stream), np.uint32)
+
+
+@lru_cache(maxsize=1024)
+def _stream_key(seed: int, epoch: int, stream: int) -> tuple[int, ...]:
     counter = np.array([epoch & 0xFFFFFFFF, epoch >> 32, stream, 0], dtype=np.uint32)
-    return philox_words(counter, np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32))[:2]
+    words = philox_words(counter, np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32))
+    return tuple(words[:2].tolist())
 
 
 @compiled
-def _choose(
-    row: np.ndarray, cell: Any, key: np.ndarray, rate: Any, is_gene: np.ndarray, words: np.ndarray, chosen: np.ndarray
-) -> int:
-    """Write the positions of a cell that are chosen, and return how many; ``words`` and ``chosen`` hold it + 4."""
+def _draw_words(length: int, cell: Any, key: np.ndarray, words: np.ndarray) -> None:
+    """Write the word of each position of a cell; ``words`` holds `LANES` more."""
     low, high = np.uint32(cell), np.uint32(cell >> _HALF)
-    for block in range((len(row) + 3) // 4):
+    for block in range((length + LANES - 1) // LANES * (LANES // 4)):
         a, b, c, d = philox(low, high, np.uint32(block), np.uint32(0), key[0], key[1])
         words[4 * block], words[4 * block + 1], words[4 * block + 2], words[4 * block + 3] = a, b, c, d
+
+
+@compiled
+def _choose(row: np.ndarray, words: np.ndarray, rate: Any, is_gene: np.ndarray, chosen: np.ndarray) -> int:
+    """Write the positions of a cell that are chosen, and return how many; ``chosen`` holds one more."""
     found = 0
     for position in range(len(row)):  # without a branch: one in seven is chosen, which no processor can predict
         chosen[found] = position
@@ -135,11 +146,11 @@ def _choose(
 
 @compiled
 def _draw_fates(
-    cell: Any, key: np.ndarray, n_genes: int, chosen: np.ndarray, kinds: np.ndarray, drawn: np.ndarray
+    n: int, cell: Any, key: np.ndarray, n_genes: int, chosen: np.ndarray, kinds: np.ndarray, drawn: np.ndarray
 ) -> None:
-    """Write, for each chosen position, the word that decides and the number of a random gene."""
+    """Write, for each of n chosen positions, the word that decides and the number of a random gene."""
     low, high, genes = np.uint32(cell), np.uint32(cell >> _HALF), np.uint64(n_genes)
-    for j in range(len(chosen)):
+    for j in range((n + LANES - 1) // LANES * LANES):
         kind, w1, w0, _ = philox(low, high, np.uint32(chosen[j]), np.uint32(1), key[0], key[1])
         kinds[j] = kind
         drawn[j] = (np.uint64(w1) * genes + ((np.uint64(w0) * genes) >> _HALF)) >> _HALF
@@ -160,7 +171,6 @@ def mask_cells(
     packed: tuple[np.ndarray, np.ndarray],
     cells: tuple[np.ndarray, np.ndarray],
     rules: Rules,
-    room: tuple[np.ndarray, np.ndarray, np.ndarray],
     masked: np.ndarray,
     labels: np.ndarray,
 ) -> int:
@@ -169,15 +179,13 @@ def mask_cells(
     Parameters
     ----------
     packed : (tokens, cu_lengths)
-        int64 [T], changed; and int64 [n + 1], where cells begin and end.
+        int32 or int64 [T], changed; and int64 [n + 1], where cells begin and end.
     cells : (numbers, keys)
         int64 [n], the cells' global numbers; and uint32 [n, 2], `stream_key` of each one's epoch.
     rules : (thresholds, gene_tokens, is_gene, mask_token)
         uint64 [4], of `MaskSettings.thresholds`; int32 [G], what a random token is drawn from; bool [V], which tokens
         may be chosen; int.
-    room : (words, kinds, drawn)
-        uint32, uint32 and int64, each for the longest cell + 4.
-    masked, labels : int64 [T + 4]
+    masked, labels : int32 or int64 [T]
         Receive the places in ``tokens`` that were chosen, ascending, and the tokens that stood there.
 
     Returns
@@ -187,19 +195,24 @@ def mask_cells(
     """
     (tokens, cu_lengths), (numbers, keys) = packed, cells
     thresholds, gene_tokens, is_gene, mask_token = rules
-    words, kinds, drawn = room
+    longest = 0
+    for i in range(len(numbers)):
+        longest = max(longest, cu_lengths[i + 1] - cu_lengths[i])
+    words, kinds = np.empty(longest + LANES, np.uint32), np.empty(longest + LANES, np.uint32)
+    places, drawn = np.zeros(longest + LANES, np.int32), np.empty(longest + LANES, np.uint32)
     total = 0
     for i in range(len(numbers)):
         row, cell, key = tokens[cu_lengths[i] : cu_lengths[i + 1]], np.uint64(numbers[i]), keys[i]
-        n = _choose(row, cell, key, _rate_of(cell, key, thresholds), is_gene, words, masked[total:])
+        _draw_words(len(row), cell, key, words)
+        n = _choose(row, words, _rate_of(cell, key, thresholds), is_gene, places)
+        _draw_fates(n, cell, key, len(gene_tokens), places, kinds, drawn)
         chosen, label = masked[total : total + n], labels[total : total + n]
-        _draw_fates(cell, key, len(gene_tokens), chosen, kinds, drawn)
         for j in range(n):
-            label[j] = row[chosen[j]]
+            place = np.uint64(places[j])
+            token = row[place]
+            chosen[j], label[j] = cu_lengths[i] + places[j], token
             kind = np.uint64(kinds[j])
-            other = gene_tokens[drawn[j]] if kind < thresholds[2] else label[j]
-            row[chosen[j]] = mask_token if kind < thresholds[1] else other
-        for j in range(n):
-            chosen[j] += cu_lengths[i]
+            other = gene_tokens[drawn[j]] if kind < thresholds[2] else token
+            row[place] = mask_token if kind < thresholds[1] else other
         total += n
     return total

@@ -18,7 +18,7 @@ import numpy as np
 from megacell.geneformer.buffers import WorkingRoom
 from megacell.geneformer.compiling import compiled
 from megacell.geneformer.gene_names import is_ensembl
-from megacell.geneformer.ranking_kernels import TARGET_SUM, row_total
+from megacell.geneformer.row_counts import TARGET_SUM, row_total
 from megacell.geneformer.split import SplitSettings, split_cells
 from megacell.geneformer.vector_sort import sort_address, sort_keys
 from megacell.geneformer.vocabulary import Vocabulary

@@ -4,27 +4,45 @@
 value = count / cell total x 10,000 / gene median (Theodoris et al. 2023, Geneformer), computed in float64 in exactly
 this order of operations; genes stand by descending value, ties by ascending token.
 
-How it stays both fast and exact: one uint64 key a gene holds the value's leading bits, inverted, above the token, and
-numpy's vectorised sort orders a cell's keys in one call. Only keys with equal leading bits can be in the wrong order;
-they stand side by side afterwards, so that each such run is put in order by its full float64 values. One compiled loop
-takes a cell through all of it before the next, while its keys are still in the processor's nearest cache.
+How it stays both fast and exact: pairs of a gene and a small count have been put in order once for all, so that a cell
+is ranked by sorting the 32-bit numbers of its pairs (`megacell.geneformer.pair_numbers` says which are too near to be
+decided so). Other rows are sorted by the leading bits of their values. Either way, whatever is alike stands side by
+side afterwards, and each such run is put in order by its full float64 values. One compiled loop takes a cell through
+all of it before the next, while its keys are in the processor's nearest cache; it reads a store's files in place.
 
 Shapes: n cells, z stored values (non-zero counts), G genes of the input, V token numbers, T tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megacell.geneformer.buffers import Pool, WorkingRoom
-from megacell.geneformer.ranking_kernels import SHARED, UNKNOWN, GenesTo, count_known, rank_rows
+from megacell.geneformer.exact_order import Genes, Room
+from megacell.geneformer.pair_numbers import MOST_OTHERS, number_pairs
+from megacell.geneformer.ranking_kernels import Layout, count_known, needed, rank_rows, rank_rows_in_place
 from megacell.geneformer.vector_sort import sort_address
 from megacell.geneformer.vocabulary import Vocabulary
+from megacell.store import CellStore
 from megacell.store.errors import DataError, UsageError
+from megacell.store.gather import RowsInPlace
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
+
+
+@dataclass(frozen=True, eq=False)
+class RowsOfStore:
+    """Rows in a store's mapped files: ``where``, of its `rows_in_place`, and the store, which keeps them mapped."""
+
+    store: CellStore
+    where: RowsInPlace
+
+
+NONE = np.zeros(0, np.int64)
+NOWHERE = RowsInPlace(NONE, NONE, NONE, np.zeros((0, 0), np.int64))
 
 
 class RankEncoder:
@@ -68,25 +86,30 @@ class RankEncoder:
                 f"max_length {self.max_length} leaves no room beside {self.around} specials; make it larger"
             )
         self.tokens = vocabulary.tokens_of(gene_ids, symbols)
-        self._genes_to = _genes_to(self.tokens, vocabulary)
-        self._specials = (
-            np.array(vocabulary.prefix, np.int32),
-            np.array(vocabulary.suffix, np.int32),
-            vocabulary.specials["pad"],
-        )
+        self._genes = _genes(self.tokens, vocabulary)
+        self._make_ready()
+
+    def _make_ready(self) -> None:
+        """Set what belongs to this process alone."""
+        prefix, suffix = self.vocabulary.prefix, self.vocabulary.suffix
+        self._layout = Layout(
+            np.array(prefix, np.int32), np.array(suffix, np.int32), self.max_length - self.around,
+            sort_address(np.uint32), sort_address(np.uint64),
+        )  # fmt: skip
         self._work, self._pool = WorkingRoom(), Pool()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_work": None, "_pool": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_layout", "_work", "_pool")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _work=WorkingRoom(), _pool=Pool())
+        self.__dict__.update(state)
+        self._make_ready()
 
     def known_genes(self, indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Return how many different known genes each row has, int64 [n]; arguments as for `encode`."""
         lengths = np.empty(len(indptr) - 1, np.int64)
         seen = np.full(self.vocabulary.size, -1, np.int64)
-        count_known((indptr, genes, counts), self.tokens, _is_shared(self.tokens), seen, lengths)
+        count_known(indptr, genes, counts, self._genes, seen, lengths)
         return lengths
 
     def input_lengths(self, known: np.ndarray) -> np.ndarray:
@@ -124,46 +147,60 @@ class RankEncoder:
         cu_lengths : int64 [n + 1]
             Cell i is ``tokens[cu_lengths[i]:cu_lengths[i + 1]]``.
         """
+        if counts.dtype.itemsize == 1:
+            counts = counts.astype(np.float32)  # only in a store's files does a byte of 255 stand for more
+        out, cu_lengths, room = self._out(indptr, dtype, multiple_of)
+        damaged = rank_rows(indptr, genes, counts, NOWHERE, self._genes, room, self._layout, cu_lengths, out)
+        if damaged >= 0:
+            raise DataError(f"row {damaged} has a gene beyond the {len(self.tokens)} that were named")
+        return self._padded(out, cu_lengths, multiple_of), cu_lengths
+
+    def encode_in_place(
+        self, rows: "RowsOfStore", dtype: type = np.int32, multiple_of: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode rows as they lie in a store's mapped files: what `encode` makes of their copies.
+
+        Raises
+        ------
+        DataError
+            A shard with numbers that cannot be right.
+        """
+        out, cu_lengths, room = self._out(rows.where.indptr, dtype, multiple_of)
+        damaged = rank_rows_in_place(rows.where, self._genes, room, self._layout, cu_lengths, out)
+        if damaged >= 0:
+            raise rows.store.damaged(int(rows.where.shard[damaged]))
+        return self._padded(out, cu_lengths, multiple_of), cu_lengths
+
+    def _out(self, indptr: np.ndarray, dtype: type, multiple_of: int) -> tuple[np.ndarray, np.ndarray, Room]:
+        """Return room for the tokens and ends of rows, and to work on each."""
+        width, most = needed(indptr, self.around, self.max_length)
         get = self._work.get
-        stored = np.diff(indptr)
-        width = int(stored.max(initial=0))
-        room = (
-            get("keys", 2 * width, np.uint64),
-            get("values", width, np.float64),
-            get("medians", width, np.float64),
-            get("sums", self.vocabulary.size, np.float64, fill=0.0),
+        room = Room(
+            short=get("short", width + MOST_OTHERS, np.uint32),
+            long=get("long", 2 * width, np.uint64),
+            counts=get("counts", width, np.float64),
+            values=get("values", 2 * width, np.float64),
+            found=get("found", width, np.int64),
+            tied=get("tied", 2 * width, np.int64),
+            sums=get("sums", self.vocabulary.size, np.float64, fill=0.0),
         )
-        most = int(np.minimum(stored + self.around, self.max_length).sum())
-        out = self._pool.empty(-(-most // multiple_of) * multiple_of, dtype)
-        cu_lengths = np.empty(len(indptr), np.int64)
-        rows = indptr, genes, counts
-        rank_rows(rows, self._genes_to, room, sort_address(), self._specials, self.max_length, cu_lengths, out)
+        return self._pool.empty(-(-most // multiple_of) * multiple_of, dtype), np.empty(len(indptr), np.int64), room
+
+    def _padded(self, out: np.ndarray, cu_lengths: np.ndarray, multiple_of: int) -> np.ndarray:
         used = int(cu_lengths[-1])
         out = out[: -(-used // multiple_of) * multiple_of]
-        out[used:] = self._specials[2]
-        return out, cu_lengths
+        out[used:] = self.vocabulary.specials["pad"]
+        return out
 
 
-def _genes_to(tokens: np.ndarray, vocabulary: Vocabulary) -> GenesTo:
-    """Return what the compiled loops look up by gene and token; see `megacell.geneformer.ranking_kernels`."""
+def _genes(tokens: np.ndarray, vocabulary: Vocabulary) -> Genes:
+    """Return what the compiled loops look up by gene."""
     median_of_token = np.ones(vocabulary.size)
     median_of_token[vocabulary.tokens] = vocabulary.medians
-    known = tokens >= 0
-    of_gene = np.ones((len(tokens), 2))
-    of_gene[known, 0] = median_of_token[tokens[known]]
-    of_gene.view(np.uint64)[:, 1] = np.where(known, tokens.astype(np.uint64), np.uint64(UNKNOWN))
-    of_gene.view(np.uint64)[_is_shared(tokens), 1] = SHARED
-    gene_of_token = np.zeros(vocabulary.size, np.int64)
-    gene_of_token[tokens[known]] = np.flatnonzero(known)
-    low = np.uint64((1 << vocabulary.size.bit_length()) - 1)  # no token has all of these bits: only UNKNOWN
-    return of_gene, tokens, gene_of_token, median_of_token, low
-
-
-def _is_shared(tokens: np.ndarray) -> np.ndarray:
-    """Return which genes have a token that others have too, bool [G]."""
-    genes_of = np.bincount(tokens[tokens >= 0], minlength=tokens.max(initial=0) + 1)
-    shared: np.ndarray = (tokens >= 0) & (genes_of[tokens] > 1)
-    return shared
+    medians = np.where(tokens >= 0, median_of_token[tokens], np.inf)
+    genes_of = np.bincount(tokens[tokens >= 0], minlength=vocabulary.size)
+    shared = (tokens >= 0) & (genes_of[tokens] > 1)
+    return Genes(tokens, medians, shared, bool(shared.any()), number_pairs(tokens, medians, shared))
 
 
 def rank_encode(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy's vectorised sort of uint64, called from inside a compiled loop.
+"""NumPy's vectorised sort, called from inside a compiled loop.
 
 A compiled loop's own sort is four times slower, and calling ``array.sort()`` a cell from Python costs the lock on the
 interpreter a cell, so that two threads are little faster than one. NumPy publishes the function in its C interface
@@ -26,8 +26,8 @@ _QUICKSORT = 21 + 12  # pointers before sort[NPY_QUICKSORT] in PyArray_ArrFuncs:
 
 
 @cache
-def sort_address() -> int:
-    """Return where NumPy's sort of uint64 lies in memory, 0 where NumPy does not say."""
+def sort_address(dtype: type = np.uint64) -> int:
+    """Return where NumPy's sort of a type lies in memory, 0 where NumPy does not say."""
     table_of = ctypes.pythonapi.PyCapsule_GetPointer
     table_of.restype, table_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     try:
@@ -39,7 +39,7 @@ def sort_address() -> int:
     if version != _NUMPY_2:
         return 0
     functions_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(table[_GET_ARRAY_FUNCTIONS] or 0)
-    functions = ctypes.cast(functions_of(np.dtype(np.uint64)), ctypes.POINTER(ctypes.c_void_p))
+    functions = ctypes.cast(functions_of(np.dtype(dtype)), ctypes.POINTER(ctypes.c_void_p))
     return functions[_QUICKSORT] or 0
 
 
@@ -60,6 +60,6 @@ def _call_sort(_context: Any, address: Any, data: Any, n: Any) -> Any:
 
 @compiled
 def sort_keys(keys: np.ndarray, address: int) -> None:
-    """Sort contiguous keys, uint64 [n], in place; ``address`` as `sort_address` gives it."""
+    """Sort contiguous keys [n] in place; ``address`` as `sort_address` gives it for their type."""
     if address == 0 or _call_sort(address, keys.ctypes.data, len(keys)) != 0:
         keys.sort()

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 
 from megacell.store.errors import DataError
 from megacell.store.filters import matching
-from megacell.store.gather import FIELDS, copy_rows, locate
+from megacell.store.gather import FIELDS, RowsInPlace, copy_rows, locate
 from megacell.store.genes import GeneTable
 from megacell.store.manifest import Manifest, Source
 from megacell.store.neighbours import Neighbours
@@ -169,9 +169,43 @@ class CellStore:
             counts = empty(int(indptr[-1]), np.dtype(np.float32))
             bad = copy_rows(self._table, indptr, shard_of, start_of, self.shape[1], genes, counts)
         if bad >= 0:
-            name = self.manifest.shards[bad].name
-            raise DataError(f"{self.path / FOLDER / name}: damaged; run `megacell verify {self.path}`")
+            raise self.damaged(bad)
         return indptr, genes, counts
+
+    def rows_in_place(self, indices: Any) -> RowsInPlace | None:
+        """Return where cells' counts lie in the mapped files, to be read there by `gather.row_in_place`.
+
+        Parameters
+        ----------
+        indices : int array [n], bool array [cells] or slice
+            Cells by their number in the store.
+
+        Returns
+        -------
+        RowsInPlace or None
+            None where some shard holds wider numbers than uint16 genes and uint8 counts: there is only `gather` then.
+        """
+        if not self._narrow:
+            return None
+        cells = self.numbers_of(indices)
+        if self._unmapped:
+            self._map(cells)
+        indptr, shard_of, start_of, bad = locate(cells, self._first, self._table)
+        if bad >= 0:
+            raise self.damaged(bad)
+        return RowsInPlace(indptr, shard_of, start_of, self._table)
+
+    @cached_property
+    def _narrow(self) -> bool:
+        records = [shard.files for shard in self.manifest.shards]
+        wanted = {"indices.npy": "uint16", "counts.npy": "uint8"}
+        return all(name in files and files[name].dtype == wanted[name] for files in records for name in wanted)
+
+    def damaged(self, shard: int) -> DataError:
+        """Return the error for a shard whose numbers cannot be right."""
+        return DataError(
+            f"{self.path / FOLDER / self.manifest.shards[shard].name}: damaged; run `megacell verify {self.path}`"
+        )
 
     def numbers_of(self, indices: Any) -> Array:
         """Return cells, given as for `rows`, by number: checked int64."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hot path of reading: rows of many mapped shards copied into one CSR block by one compiled pass."""
+"""The hot path of reading: rows of many mapped shards, copied into one CSR block by one compiled pass or read in place."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
@@ -14,7 +15,25 @@ from megacell.store.compiled import compiled
 # compiled function cannot take a list of arrays of different types without being compiled for every mixture.
 FIRST, CELLS, VALUES, INDPTR, INDICES, INDICES_KIND, COUNTS, COUNTS_KIND, POSITIONS, LARGE, OVERFLOWS = range(11)
 FIELDS = 11
+CACHE_LINE = 64
 KINDS = {"uint8": 0, "uint16": 1, "uint32": 2, "float32": 3}
+
+
+class RowsInPlace(NamedTuple):
+    """Rows as they lie in mapped shards of uint16 gene numbers and uint8 counts, for compiled loops to read there.
+
+    Valid while their store is; made by `CellStore.rows_in_place`.
+
+    Attributes
+    ----------
+    indptr, shard, start, table
+        As `locate` gives and takes them.
+    """
+
+    indptr: Any
+    shard: Any
+    start: Any
+    table: Any
 
 
 class RowBuffer:
@@ -54,6 +73,21 @@ _uint8_at = _pointer("uint8_at", types.uint8)
 _uint16_at = _pointer("uint16_at", types.uint16)
 _uint32_at = _pointer("uint32_at", types.uint32)
 _float32_at = _pointer("float32_at", types.float32)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch_line(_context: Any, _address: Any) -> Any:
+    """Ask for the cache line at an address, which need not exist."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        pointer, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
+        signature = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], signature)
+        for_reading, into_nearest, of_data = (ir.Constant(number, value) for value in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), for_reading, into_nearest, of_data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @compiled
@@ -185,3 +219,36 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
         else:
             _copy_counts(numba.carray(_float32_at(table[shard, COUNTS]), stop)[start:], out_counts)
     return -1
+
+
+@compiled
+def row_in_place(rows: Any, i: int) -> tuple[Any, Any]:
+    """Return a row's gene numbers, uint16 [n], and counts, uint8 [n], of which 255 says to ask `large_count`.
+
+    Gene numbers are as the file has them: one that is too large is for the caller to find.
+    """
+    n, table, shard, start = rows.indptr[i + 1] - rows.indptr[i], rows.table, rows.shard[i], rows.start[i]
+    genes = numba.carray(_uint16_at(table[shard, INDICES] + 2 * start), n)
+    return genes, numba.carray(_uint8_at(table[shard, COUNTS] + start), n)
+
+
+@compiled
+def large_count(rows: Any, i: int, j: int) -> int:
+    """Return count j of row i, which the row marks as above 254; -1 if it is missing."""
+    table, shard, position = rows.table, rows.shard[i], rows.start[i] + j
+    positions = numba.carray(_int64_at(table[shard, POSITIONS]), table[shard, OVERFLOWS])
+    at = np.searchsorted(positions, position)
+    if at >= len(positions) or positions[at] != position:
+        return -1
+    return int(numba.carray(_uint32_at(table[shard, LARGE]), len(positions))[at])
+
+
+@compiled
+def prefetch_row(rows: Any, i: int) -> None:
+    """Have the processor read a row while something else is computed; any i will do."""
+    if i < len(rows.shard):
+        n, table, shard, start = rows.indptr[i + 1] - rows.indptr[i], rows.table, rows.shard[i], rows.start[i]
+        for byte in range(0, 2 * n, CACHE_LINE):
+            _prefetch_line(table[shard, INDICES] + 2 * start + byte)
+        for byte in range(0, n, CACHE_LINE):
+            _prefetch_line(table[shard, COUNTS] + start + byte)

@@ -44,11 +44,19 @@ class Pack:
 
     @classmethod
     def of(cls, batch, device: torch.device | str = "cpu") -> "Pack":
-        """Move a ``MicroBatch`` (numpy) to ``device``."""
-        move = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
+        """Move a ``MicroBatch`` (numpy) to ``device``, and widen there what the network indexes with.
+
+        To CUDA through pinned memory: only from there does a copy run beside what the device computes.
+        """
+        pinned = torch.device(device).type == "cuda"
+
+        def move(array) -> torch.Tensor:
+            tensor = torch.from_numpy(array)
+            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+
         return cls(
-            move(batch.tokens), move(batch.positions), move(batch.cu_seqlens), batch.max_seqlen,
-            move(batch.masked), move(batch.labels),
+            move(batch.tokens).long(), move(batch.positions).long(), move(batch.cu_seqlens), batch.max_seqlen,
+            move(batch.masked).long(), move(batch.labels).long(),
         )  # fmt: skip
 
 
