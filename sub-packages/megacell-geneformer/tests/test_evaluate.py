@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from megacell.geneformer.evaluate import PREDICTORS, Evaluation, evaluate
 from megacell.geneformer.interchange.nemo import save
 from megacell.geneformer.masking import MaskSettings
-from megacell.geneformer.medians import build_vocabulary
 from megacell.geneformer.split import SplitSettings
 from megacell.geneformer.training.data import TrainingData, fit_frequencies, frequency_losses
+from megacell.geneformer.vocabulary_build import build_vocabulary
 from megacell.store import CellStore, convert
 from megacell.store.errors import DataError, UsageError
 

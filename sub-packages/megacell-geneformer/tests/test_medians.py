@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megacell.geneformer.medians import build_vocabulary, gene_medians
+from megacell.geneformer.medians import gene_medians
 from megacell.geneformer.split import SplitSettings, split_cells
+from megacell.geneformer.vocabulary_build import build_vocabulary
 from megacell.store.errors import DataError
 
 

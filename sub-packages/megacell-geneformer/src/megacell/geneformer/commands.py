@@ -9,7 +9,7 @@ from typing import Any
 
 from megacell.geneformer.bench_train_command import register_bench_train
 from megacell.geneformer.data_commands import add_command, register_data
-from megacell.store.errors import MegacellError
+from megacell.store.errors import MegacellError, UsageError
 
 
 def register(commands: Any) -> None:
@@ -32,8 +32,8 @@ def _register_vocabulary(commands: Any) -> None:
     parser = commands.add_parser("vocabulary", help="make a vocabulary: genes, tokens, medians")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    build = actions.add_parser("build", help="from the training cells of a store")
-    build.add_argument("store", type=Path, metavar="STORE")
+    build = actions.add_parser("build", help="from the training cells of a store, or of several together")
+    build.add_argument("stores", type=Path, nargs="+", metavar="STORE")
     build.add_argument("--out", type=Path, required=True, metavar="VOCAB", help="directory to make")
     build.add_argument(
         "--min-cells", type=int, default=10, help="leave out genes in fewer training cells (default: %(default)s)"
@@ -46,7 +46,8 @@ def _register_vocabulary(commands: Any) -> None:
     )
     build.add_argument("--holdout", type=float, default=0.1, help="share of cells to hold out (default: %(default)s)")
     build.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    build.add_argument("--name", help="default: the store's")
+    build.add_argument("--name", help="default: the stores'")
+    build.add_argument("--workers", type=int, default=None, help="threads (default: one a core)")
     build.set_defaults(run=_build)
 
     imported = actions.add_parser("import", help="from Geneformer's dictionaries (V1 or V2)")
@@ -67,16 +68,21 @@ def _register_vocabulary(commands: Any) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from megacell.geneformer.medians import build_vocabulary
+    import os
+
     from megacell.geneformer.split import SplitSettings
     from megacell.geneformer.vocabulary import refuse_existing
+    from megacell.geneformer.vocabulary_build import build_vocabulary
     from megacell.store import CellStore
 
     refuse_existing(args.out)
+    if args.workers is not None and args.workers < 1:
+        raise UsageError(f"--workers {args.workers}: give 1 or more")
     settings = SplitSettings(by=args.split_by, holdout=args.holdout, seed=args.seed)
     vocabulary, lines = build_vocabulary(
-        CellStore.open(args.store), settings, min_cells=args.min_cells, allow_subset=args.allow_subset, name=args.name
-    )
+        [CellStore.open(path) for path in args.stores], settings, min_cells=args.min_cells,
+        allow_subset=args.allow_subset, name=args.name, workers=args.workers or os.cpu_count() or 1,
+    )  # fmt: skip
     return _save(vocabulary, args.out, lines)
 
 

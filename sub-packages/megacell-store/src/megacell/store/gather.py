@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hot path of reading: rows of many mapped shards, copied into one CSR block by one compiled pass or read in place."""
+"""The hot path of reading: rows of many mapped shards, copied into one CSR block by a compiled pass, or in place."""
 
 from typing import Any, NamedTuple
 
