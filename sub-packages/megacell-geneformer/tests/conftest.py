@@ -28,7 +28,9 @@ EDITIONS = {"V1": "gc30M", "V2": "gc104M"}
 class StoreInMemory:
     """What the package asks of a `CellStore`, over a matrix: any donors, sources and panels, no files."""
 
-    def __init__(self, counts, gene_ids=None, symbols=None, biotypes=None, donors=None, sources=None, subsets=()):
+    def __init__(
+        self, counts, gene_ids=None, symbols=None, biotypes=None, donors=None, sources=None, subsets=(), normalised=()
+    ):
         self.matrix = sp.csr_matrix(counts, dtype=np.float32)
         self.matrix.sort_indices()
         cells, genes = self.matrix.shape
@@ -43,7 +45,8 @@ class StoreInMemory:
         names = ["a.h5ad"] * cells if sources is None else sources
         codes, seen = pd.factorize(np.asarray(names, object))
         self.source_of = codes.astype(np.uint32)
-        self.sources = [SimpleNamespace(name=name, subset=name in subsets) for name in seen]
+        kind = {True: "length-normalised", False: "umi"}
+        self.sources = [SimpleNamespace(name=n, subset=n in subsets, kind=kind[n in normalised]) for n in seen]
         self.obs = pd.DataFrame({"source": names})
         if donors is not None:
             self.obs["donor_id"] = pd.Categorical(donors)

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from megacell.geneformer.evaluate import PREDICTORS, Evaluation, evaluate
 from megacell.geneformer.interchange.nemo import save
 from megacell.geneformer.masking import MaskSettings
-from megacell.geneformer.medians import build_vocabulary
 from megacell.geneformer.split import SplitSettings, split_cells
 from megacell.geneformer.tokenize import tokenize
 from megacell.geneformer.training.data import TrainingData, fit_frequencies, frequency_losses
 from megacell.geneformer.training.recorded import store_record
+from megacell.geneformer.vocabulary_build import build_vocabulary
 from megacell.store import CellStore, convert
 from megacell.store.errors import DataError, UsageError
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megacell.geneformer.medians import build_vocabulary, gene_medians
+from megacell.geneformer.medians import CellsOf, gene_medians, medians_over
 from megacell.geneformer.split import SplitSettings, split_cells
+from megacell.geneformer.vocabulary_build import build_vocabulary
 from megacell.store.errors import DataError
 
 
@@ -128,3 +129,52 @@ def test_a_sample_that_misleads_costs_time_and_not_the_median(made_up):
     medians, seen = gene_medians(made_up(counts), np.arange(len(counts)))
     assert np.array_equal(medians, medians_by_numpy(counts)[0])
     assert (seen == len(counts)).all()
+
+
+@given(
+    counts=arrays(
+        np.int64, st.tuples(st.integers(1, 80), st.just(5)), elements=st.sampled_from([0, 0, 1, 1, 2, 3, 700])
+    ),
+    most_values=st.sampled_from([0, 3, 1000]),
+    workers=st.integers(1, 3),
+    cut=st.integers(0, 80),
+)
+def test_medians_over_several_stores_and_threads_are_those_of_all_cells(counts, most_values, workers, cut, made_up):
+    """The second store has the same genes in another order."""
+    order = np.array([3, 0, 4, 1, 2])
+    first, second = made_up(counts[:cut]), made_up(counts[cut:, order])
+    parts = [CellsOf(first, np.arange(len(first))), CellsOf(second, np.arange(len(second)), order)]
+    medians, seen = medians_over(parts, 5, 1, most_values, workers)
+    expected, number = medians_by_numpy(counts)
+    assert np.array_equal(medians, expected, equal_nan=True)
+    assert seen.tolist() == number
+
+
+def test_a_vocabulary_of_several_stores_is_that_of_all_their_cells(made_up):
+    rng = np.random.default_rng(4)
+    counts = rng.poisson(1.0, (300, 12))
+    ids = np.array([f"ENSG{g:011d}" for g in range(12)])
+    one = made_up(counts[:100, :9], ids[:9], symbols=["A", *[""] * 8])
+    other = made_up(counts[100:, ::-1], ids[::-1], symbols=[f"S{g}" for g in range(12)][::-1])
+    vocabulary, lines = build_vocabulary([one, other], SplitSettings(by="cell", holdout=0), workers=2)
+    cells = [(counts[:100, :9], ids[:9]), (counts[100:], ids)]
+    values = {gene: [] for gene in ids}
+    for matrix, own in cells:
+        normalised = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) * 10_000
+        for column, gene in zip(normalised.T, own, strict=True):
+            values[gene] += column[column > 0].tolist()
+    assert vocabulary.gene_ids.tolist() == ids.tolist()
+    assert vocabulary.medians.tolist() == [np.median(values[gene]) for gene in ids]
+    assert vocabulary.symbols.tolist() == ["A", *[f"S{g}" for g in range(1, 12)]]
+    assert [made["cells"] for made in vocabulary.provenance["stores"]] == [100, 200]
+    assert "12 genes of 12: those in at least 10 of 300 training cells" in lines
+
+
+def test_length_normalised_cells_are_left_out_of_medians_even_where_subsets_are_allowed(made_up):
+    counts = np.random.default_rng(5).poisson(1.0, (200, 8))
+    sources = ["counts.h5ad"] * 120 + ["tpm.h5ad"] * 80
+    store = made_up(counts, sources=sources, subsets=["tpm.h5ad"], normalised=["tpm.h5ad"])
+    vocabulary, lines = build_vocabulary(store, SplitSettings(by="cell", holdout=0), allow_subset=True)
+    expected, _ = medians_by_numpy(counts[:120])
+    assert vocabulary.medians.tolist() == expected.tolist()
+    assert "left out: 80 cells of length-normalised values (tpm.h5ad)" in lines

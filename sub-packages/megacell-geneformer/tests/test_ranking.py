@@ -7,11 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacell.geneformer.ranking import RankEncoder, rank_encode
+from megacell.geneformer.pair_numbers import MOST_OTHERS, NEAR, PLACE_BITS, number_pairs
+from megacell.geneformer.ranking import RankEncoder, RowsOfStore, rank_encode
+from megacell.store import CellStore, convert
 from megacell.store.errors import DataError, UsageError
+from megacell.store.gather import POSITIONS
 
 # A peer that normalises in float32 gives another order in a few cells of a thousand (values that differ become ties,
 # and ties come apart): such an order is no oracle here.
@@ -167,3 +170,109 @@ def test_another_number_of_ids_than_columns_is_refused(vocabulary_for):
 def test_a_length_without_room_for_a_gene_is_refused(vocabulary_for):
     with pytest.raises(UsageError, match="max_length 2"):
         RankEncoder(["a"], None, vocabulary_for(), max_length=2)
+
+
+def in_place(store, cells, encoder):
+    return split_up(*encoder.encode_in_place(RowsOfStore(store, store.rows_in_place(cells))))
+
+
+@pytest.mark.parametrize("edition", ["V1", "V2"])
+def test_real_cells_read_in_place_are_those_copied(edition, real_store, published):
+    encoder = RankEncoder(real_store.gene_ids, real_store.symbols, published[edition])
+    cells = np.random.default_rng(0).permutation(len(real_store))
+    assert in_place(real_store, cells, encoder) == split_up(*encoder.encode(*real_store.gather(cells)))
+
+
+@pytest.fixture(scope="module")
+def wide_store(tmp_path_factory):
+    """120 cells of 11,000 genes: ties, counts above 254, one gene, none, and rows too long for short keys."""
+    import anndata
+    import pandas as pd
+
+    rng = np.random.default_rng(3)
+    counts = rng.poisson(rng.uniform(0.01, 0.4, (120, 1)), (120, 11_000))
+    counts *= rng.choice([1, 1, 1, 2, 3, 40], (120, 11_000))
+    counts[:5] = 1
+    counts[5:10] = rng.integers(1, 5, (5, 11_000))
+    counts[10:15, :7] = [255, 256, 254, 70_000, 2**20, 1, 253]
+    counts[15] = 0
+    counts[15, 4] = 3
+    ids = pd.Index([f"ENSG{g:011d}" for g in range(11_000)], dtype=object)
+    path = tmp_path_factory.mktemp("wide")
+    anndata.AnnData(sp.csr_matrix(counts, dtype=np.float32), var=pd.DataFrame(index=ids)).write_h5ad(path / "w.h5ad")
+    convert([path / "w.h5ad"], path / "store")
+    return CellStore.open(path / "store")
+
+
+@settings(max_examples=25)
+@given(
+    medians=st.lists(MEDIANS, min_size=11, max_size=11),
+    shared=st.booleans(),
+    unknown=st.integers(0, 10),
+    max_length=st.sampled_from([3, 40, 20_000]),
+    cells=st.lists(st.integers(0, 119), min_size=1, max_size=4),
+)
+def test_any_medians_rank_rows_of_files_as_the_oracle_does(
+    medians, shared, unknown, max_length, cells, wide_store, vocabulary_for
+):
+    n = wide_store.shape[1]
+    vocabulary = vocabulary_for(n, medians=np.resize(medians, n), max_length=20_000)
+    ids = np.array([f"ENSG{int(i[4:]) % 9000 if shared else int(i[4:]):011d}" for i in wide_store.gene_ids], object)
+    ids[unknown::17] = "unheard-of"
+    encoder = RankEncoder(ids, None, vocabulary, max_length)
+    expected = [oracle(row, encoder.tokens.tolist(), vocabulary, max_length) for row in rows_of(wide_store.rows(cells))]
+    assert in_place(wide_store, cells, encoder) == expected
+
+
+def test_errors_leave_nothing_behind_that_changes_the_next_rows(wide_store, vocabulary_for):
+    n = wide_store.shape[1]
+    ids = [f"ENSG{g % 6:011d}" for g in range(n)]
+    encoder = RankEncoder(ids, None, vocabulary_for(n, max_length=64))
+    rows = wide_store.rows_in_place(np.arange(10, 12))
+    before = split_up(*encoder.encode_in_place(RowsOfStore(wide_store, rows)))
+    table = rows.table.copy()
+    nowhere = np.full(1 << 16, -1, np.int64)
+    table[:, POSITIONS] = nowhere.ctypes.data  # counts above 254 are not to be found
+    with pytest.raises(DataError, match="damaged; run `megacell verify"):
+        encoder.encode_in_place(RowsOfStore(wide_store, rows._replace(table=table)))
+    assert split_up(*encoder.encode_in_place(RowsOfStore(wide_store, rows))) == before
+
+
+def test_a_gene_that_does_not_exist_is_an_error_and_no_token(wide_store, vocabulary_for):
+    encoder = RankEncoder([f"ENSG{g:011d}" for g in range(50)], None, vocabulary_for(50))
+    with pytest.raises(DataError, match="damaged"):
+        encoder.encode_in_place(RowsOfStore(wide_store, wide_store.rows_in_place([3])))
+
+
+@given(
+    medians=st.lists(MEDIANS | st.floats(1e-3, 1e3), min_size=1, max_size=40),
+    totals=st.lists(st.integers(1, 10**7), min_size=1, max_size=3),
+)
+def test_numbers_order_values_strictly_whatever_the_total(medians, totals):
+    """And pairs that share a number are near."""
+    tokens, medians = np.arange(len(medians), dtype=np.int32), np.array(medians)
+    pairs = number_pairs(tokens, medians, np.zeros(len(medians), bool))
+    first = pairs.by_gene[: len(medians)] >> 8
+    most = (pairs.by_gene[: len(medians)] & 255) - 1
+    gene, count = np.nonzero(np.arange(254) < most[:, None])
+    number = pairs.keys[first[gene] + count + 1] >> PLACE_BITS
+    ratio = (count + 1) / medians[gene]
+    order = np.lexsort((-ratio, number))
+    gene, count, number, ratio = gene[order], count[order] + 1, number[order], ratio[order]
+    same = number[1:] == number[:-1]
+    assert (np.abs(ratio[1:] - ratio[:-1])[same] <= NEAR * ratio[1:][same]).all()
+    for total in totals:
+        value = count / float(total) * 10_000 / medians[gene]
+        falls = value[:-1] > value[1:]
+        tie = (value[:-1] == value[1:]) & (tokens[gene[:-1]] < tokens[gene[1:]])
+        assert (falls | tie)[~same].all()
+
+
+def test_more_pairs_without_a_number_than_are_worth_it_go_by_values(vocabulary_for):
+    genes = 4 * MOST_OTHERS
+    counts = sp.csr_matrix(np.arange(1, genes + 1)[None] * 1000 + 0.0)
+    vocabulary = vocabulary_for(genes, max_length=genes + 2)
+    encoder = RankEncoder(vocabulary.gene_ids, None, vocabulary)
+    tokens, cu = encoder.encode(counts.indptr.astype(np.int64), counts.indices.astype(np.uint32), counts.data)
+    found = [tokens[a:b].tolist() for a, b in pairwise(cu)]
+    assert found == [oracle(row, encoder.tokens.tolist(), vocabulary) for row in rows_of(counts)]

@@ -18,7 +18,7 @@ _HOMES = {  # public name → module; imported when first asked for (PEP 562), s
     "TokenFolder": "token_folder",
     "Vocabulary": "vocabulary",
     "Weighted": "order",
-    "build_vocabulary": "medians",
+    "build_vocabulary": "vocabulary_build",
     "check_coverage": "vocabulary",
     "choose_cells": "cell_sets",
     "embed_file": "embedding_file",

@@ -124,13 +124,19 @@ class Packer:
         keys : uint32 [C, 2], optional
             `stream_key` of each; without, nothing is masked.
         """
+        rooms: list[np.ndarray] = []
+
+        def empty(size: int, dtype: type) -> np.ndarray:
+            """Take one piece of memory for all that is as long as the tokens."""
+            rooms.extend(self._pool.empty(4 * size, dtype).reshape(4, size))
+            return rooms[0]
+
         if isinstance(rows, RowsOfStore):
-            tokens, cu_lengths = self.encoder.encode_in_place(rows, multiple_of=self.multiple_of)
+            tokens, cu_lengths = self.encoder.encode_in_place(rows, multiple_of=self.multiple_of, empty=empty)
         else:
-            tokens, cu_lengths = self.encoder.encode(*rows, multiple_of=self.multiple_of)
+            tokens, cu_lengths = self.encoder.encode(*rows, multiple_of=self.multiple_of, empty=empty)
         size, n_tokens = len(tokens), int(cu_lengths[-1])
-        room = self._pool.empty(3 * size, np.int32)
-        positions, masked, labels = room[:size], room[size : 2 * size], room[2 * size :]
+        positions, masked, labels = rooms[1][:size], rooms[2], rooms[3]
         ends = np.empty(len(cu_lengths) + (n_tokens < size), np.int32)
         longest, chosen = _finish(
             (tokens, cu_lengths), (cells, NO_KEYS if keys is None else keys), self._rules, positions, ends,

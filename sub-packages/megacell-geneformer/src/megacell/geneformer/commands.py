@@ -12,7 +12,7 @@ from megacell.geneformer.data_commands import add_command, register_data
 from megacell.geneformer.doctor import register_doctor
 from megacell.geneformer.report_command import register_report
 from megacell.store.completion_command import WORDS
-from megacell.store.errors import MegacellError
+from megacell.store.errors import MegacellError, UsageError
 
 
 def register(commands: Any) -> None:
@@ -37,8 +37,8 @@ def _register_vocabulary(commands: Any) -> None:
     parser = commands.add_parser("vocabulary", help="make a vocabulary: genes, tokens, medians")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    build = actions.add_parser("build", help="from the training cells of a store")
-    build.add_argument("store", type=Path, metavar="STORE")
+    build = actions.add_parser("build", help="from the training cells of a store, or of several together")
+    build.add_argument("stores", type=Path, nargs="+", metavar="STORE")
     build.add_argument("--out", type=Path, required=True, metavar="VOCAB", help="directory to make")
     build.add_argument(
         "--min-cells", type=int, default=10, help="leave out genes in fewer training cells (default: %(default)s)"
@@ -52,7 +52,8 @@ def _register_vocabulary(commands: Any) -> None:
     build.add_argument("--holdout", type=float, default=0.1, help="share of cells to hold out (default: %(default)s)")
     build.add_argument("--test", type=float, default=0.0, help="share of cells kept for a test (default: %(default)s)")
     build.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    build.add_argument("--name", help="default: the store's")
+    build.add_argument("--name", help="default: the stores'")
+    build.add_argument("--workers", type=int, default=None, help="threads (default: one a core)")
     build.set_defaults(run=_build)
 
     imported = actions.add_parser("import", help="from Geneformer's dictionaries (V1 or V2)")
@@ -73,16 +74,21 @@ def _register_vocabulary(commands: Any) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from megacell.geneformer.medians import build_vocabulary
+    import os
+
     from megacell.geneformer.split import SplitSettings
     from megacell.geneformer.vocabulary import refuse_existing
+    from megacell.geneformer.vocabulary_build import build_vocabulary
     from megacell.store import CellStore
 
     refuse_existing(args.out)
+    if args.workers is not None and args.workers < 1:
+        raise UsageError(f"--workers {args.workers}: give 1 or more")
     settings = SplitSettings(by=args.split_by, holdout=args.holdout, seed=args.seed, test=args.test)
     vocabulary, lines = build_vocabulary(
-        CellStore.open(args.store), settings, min_cells=args.min_cells, allow_subset=args.allow_subset, name=args.name
-    )
+        [CellStore.open(path) for path in args.stores], settings, min_cells=args.min_cells,
+        allow_subset=args.allow_subset, name=args.name, workers=args.workers or os.cpu_count() or 1,
+    )  # fmt: skip
     return _save(vocabulary, args.out, lines)
 
 

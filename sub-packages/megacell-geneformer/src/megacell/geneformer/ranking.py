@@ -13,16 +13,17 @@ all of it before the next, while its keys are in the processor's nearest cache; 
 Shapes: n cells, z stored values (non-zero counts), G genes of the input, V token numbers, T tokens.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megacell.geneformer.buffers import Pool, WorkingRoom
+from megacell.geneformer.buffers import Pool
 from megacell.geneformer.exact_order import Genes, Room
 from megacell.geneformer.pair_numbers import MOST_OTHERS, number_pairs
-from megacell.geneformer.ranking_kernels import Layout, count_known, needed, rank_rows, rank_rows_in_place
+from megacell.geneformer.ranking_kernels import Layout, count_known, rank_rows, rank_rows_in_place
 from megacell.geneformer.vector_sort import sort_address
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
@@ -41,8 +42,9 @@ class RowsOfStore:
     where: RowsInPlace
 
 
+Empty = Callable[[int, Any], np.ndarray]
 NONE = np.zeros(0, np.int64)
-NOWHERE = RowsInPlace(NONE, NONE, NONE, np.zeros((0, 0), np.int64))
+NOWHERE = RowsInPlace(NONE, NONE, NONE, np.zeros((0, 0), np.int64), 0)
 
 
 class RankEncoder:
@@ -96,10 +98,10 @@ class RankEncoder:
             np.array(prefix, np.int32), np.array(suffix, np.int32), self.max_length - self.around,
             sort_address(np.uint32), sort_address(np.uint64),
         )  # fmt: skip
-        self._work, self._pool = WorkingRoom(), Pool()
+        self._here, self._pool = threading.local(), Pool()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_layout", "_work", "_pool")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_layout", "_here", "_pool")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -124,6 +126,7 @@ class RankEncoder:
         counts: np.ndarray,
         dtype: type = np.int32,
         multiple_of: int = 1,
+        empty: Empty | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode rows of counts.
 
@@ -139,6 +142,8 @@ class RankEncoder:
             Of the tokens.
         multiple_of : int, default 1
             The tokens' array is filled up with pad tokens to a multiple of this.
+        empty : callable, optional
+            Makes the array that begins with the tokens, of a size and dtype; a pool's memory by default.
 
         Returns
         -------
@@ -149,14 +154,15 @@ class RankEncoder:
         """
         if counts.dtype.itemsize == 1:
             counts = counts.astype(np.float32)  # only in a store's files does a byte of 255 stand for more
-        out, cu_lengths, room = self._out(indptr, dtype, multiple_of)
+        out, cu_lengths = self._out(indptr, dtype, multiple_of, empty)
+        room = self._room(int(np.diff(indptr).max(initial=0)))
         damaged = rank_rows(indptr, genes, counts, NOWHERE, self._genes, room, self._layout, cu_lengths, out)
         if damaged >= 0:
             raise DataError(f"row {damaged} has a gene beyond the {len(self.tokens)} that were named")
         return self._padded(out, cu_lengths, multiple_of), cu_lengths
 
     def encode_in_place(
-        self, rows: "RowsOfStore", dtype: type = np.int32, multiple_of: int = 1
+        self, rows: "RowsOfStore", dtype: type = np.int32, multiple_of: int = 1, empty: Empty | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode rows as they lie in a store's mapped files: what `encode` makes of their copies.
 
@@ -165,26 +171,35 @@ class RankEncoder:
         DataError
             A shard with numbers that cannot be right.
         """
-        out, cu_lengths, room = self._out(rows.where.indptr, dtype, multiple_of)
+        out, cu_lengths = self._out(rows.where.indptr, dtype, multiple_of, empty)
+        room = self._room(rows.where.longest)
         damaged = rank_rows_in_place(rows.where, self._genes, room, self._layout, cu_lengths, out)
         if damaged >= 0:
             raise rows.store.damaged(int(rows.where.shard[damaged]))
         return self._padded(out, cu_lengths, multiple_of), cu_lengths
 
-    def _out(self, indptr: np.ndarray, dtype: type, multiple_of: int) -> tuple[np.ndarray, np.ndarray, Room]:
-        """Return room for the tokens and ends of rows, and to work on each."""
-        width, most = needed(indptr, self.around, self.max_length)
-        get = self._work.get
-        room = Room(
-            short=get("short", width + MOST_OTHERS, np.uint32),
-            long=get("long", 2 * width, np.uint64),
-            counts=get("counts", width, np.float64),
-            values=get("values", 2 * width, np.float64),
-            found=get("found", width, np.int64),
-            tied=get("tied", 2 * width, np.int64),
-            sums=get("sums", self.vocabulary.size, np.float64, fill=0.0),
-        )
-        return self._pool.empty(-(-most // multiple_of) * multiple_of, dtype), np.empty(len(indptr), np.int64), room
+    def _out(self, indptr: np.ndarray, dtype: type, multiple_of: int, empty: Empty | None) -> tuple[np.ndarray, ...]:
+        """Return room for the tokens and for the ends of rows."""
+        n = len(indptr) - 1
+        most = min(n * self.max_length, int(indptr[-1]) + n * self.around)
+        size = -(-most // multiple_of) * multiple_of
+        return (empty or self._pool.empty)(size, dtype), np.empty(n + 1, np.int64)
+
+    def _room(self, width: int) -> Room:
+        """Return this thread's room to work on rows of up to ``width`` counts."""
+        room: Room | None = getattr(self._here, "room", None)
+        if room is None or len(room.counts) < width:
+            width += width // 4
+            room = self._here.room = Room(
+                short=np.empty(width + MOST_OTHERS, np.uint32),
+                long=np.empty(2 * width, np.uint64),
+                counts=np.empty(width),
+                values=np.empty(2 * width),
+                found=np.empty(width, np.int64),
+                tied=np.empty(2 * width, np.int64),
+                sums=np.zeros(self.vocabulary.size),
+            )
+        return room
 
     def _padded(self, out: np.ndarray, cu_lengths: np.ndarray, multiple_of: int) -> np.ndarray:
         used = int(cu_lengths[-1])

@@ -107,16 +107,6 @@ def rank_rows_in_place(
 
 
 @compiled
-def needed(indptr: Array, around: int, max_length: int) -> tuple[int, int]:
-    """Return the longest of the rows, and the most tokens of all."""
-    width = most = 0
-    for cell in range(len(indptr) - 1):
-        n = indptr[cell + 1] - indptr[cell]
-        width, most = max(width, n), most + min(n + around, max_length)
-    return width, most
-
-
-@compiled
 def count_known(indptr: Array, genes: Array, counts: Array, table: Genes, seen: Array, lengths: Array) -> None:
     """Count the different known tokens of each row; ``seen`` (int64 [V]): last row that had a token, -1 at first."""
     for cell in range(len(indptr) - 1):

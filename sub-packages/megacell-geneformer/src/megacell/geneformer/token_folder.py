@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from megacell.geneformer.buffers import Pool
 from megacell.geneformer.compiling import compiled
-from megacell.geneformer.ranking import RankEncoder
+from megacell.geneformer.ranking import Empty, RankEncoder
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError, UsageError
@@ -175,13 +175,19 @@ class TokenCopier(RankEncoder):
         return np.maximum(np.diff(indptr) - self.around, 0)
 
     def encode(
-        self, indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray, dtype: type = np.int32, multiple_of: int = 1
+        self,
+        indptr: np.ndarray,
+        genes: np.ndarray,
+        counts: np.ndarray,
+        dtype: type = np.int32,
+        multiple_of: int = 1,
+        empty: Empty | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Copy rows of tokens, cut at max_length before their suffix; arguments as for `RankEncoder.encode`."""
         cu_lengths = np.zeros(len(indptr), np.int64)
         np.cumsum(self.input_lengths(self.known_genes(indptr, genes, counts)), out=cu_lengths[1:])
         used = int(cu_lengths[-1])
-        out = self._pool.empty(-(-used // multiple_of) * multiple_of, dtype)
+        out = (empty or self._pool.empty)(-(-used // multiple_of) * multiple_of, dtype)
         _cut(indptr, genes, cu_lengths, len(self.vocabulary.suffix), out)
         out[used:] = self.vocabulary.specials["pad"]
         return out, cu_lengths

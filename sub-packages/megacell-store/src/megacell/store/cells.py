@@ -193,7 +193,7 @@ class CellStore:
         indptr, shard_of, start_of, bad = locate(cells, self._first, self._table)
         if bad >= 0:
             raise self.damaged(bad)
-        return RowsInPlace(indptr, shard_of, start_of, self._table)
+        return RowsInPlace(indptr, shard_of, start_of, self._table, int(np.diff(indptr).max(initial=0)))
 
     @cached_property
     def _narrow(self) -> bool:

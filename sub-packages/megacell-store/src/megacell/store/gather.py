@@ -28,12 +28,15 @@ class RowsInPlace(NamedTuple):
     ----------
     indptr, shard, start, table
         As `locate` gives and takes them.
+    longest : int
+        Of the rows.
     """
 
     indptr: Any
     shard: Any
     start: Any
     table: Any
+    longest: int
 
 
 class RowBuffer:
