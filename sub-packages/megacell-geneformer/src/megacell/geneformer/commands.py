@@ -196,7 +196,7 @@ def _let_the_first_rank_say_it() -> None:
 
     if not is_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
+        time.sleep(30)  # it may be slow to end: only an error that it does not share is told by another
 
 
 def _register_export(commands: Any) -> None:
