@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.set-up
+TESTS_AT_ONCE ?= 2
 
 .PHONY: setup demo test test-all lint clean bench-peers bench-store bench-batches
 
@@ -24,10 +25,10 @@ lint: setup
 	$(BIN)/mypy --package megacell.geneformer
 
 test: lint
-	$(BIN)/python -m pytest -m "not exhaustive"
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not exhaustive"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile
 
 # Environments of the peers that the benchmarks compare with; see benchmarks/README.md. annbatch needs Python 3.12.
 PEERS := .peers

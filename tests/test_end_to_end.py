@@ -12,7 +12,7 @@ import pytest
 import restore
 import scipy.sparse as sp
 from conftest import STEPS
-from runs import Command, checkpoints, everything_in, fine, here, metrics
+from runs import Command, checkpoints, everything_in, fine, here, metrics, one_line
 
 from megacell.geneformer import Vocabulary
 from megacell.geneformer.interchange.open import open_model
@@ -139,6 +139,18 @@ def test_a_nemo_file_restored_in_a_fresh_process_gives_the_runs_logits_bit_for_b
 
 
 # embeddings
+
+
+def test_overlap_asks_a_model_for_the_cells_that_it_was_trained_on(archives, copies, data, tmp_path):
+    fine("convert", data / "cells" / "pbmc4k_a.h5ad", "--out", tmp_path / "again")
+    of_the_run, of_the_archive, of_no_model = (
+        here("overlap", tmp_path / "again", other) for other in (copies[0], archives[0], data / "cells")
+    )
+    cells = f"{len(CellStore.open(tmp_path / 'again')):,}"
+    assert of_the_run[1].splitlines()[-1].split() == ["all", cells, cells]
+    assert of_the_archive == of_the_run
+    assert of_no_model[0] == 1
+    one_line(of_no_model[2], "not a cell store")
 
 
 @pytest.fixture(scope="module")

@@ -54,15 +54,16 @@ def matching(query: str, columns: Sequence[str], read: Callable[[list[str]], pd.
     UsageError
         A query that cannot be evaluated, or is no condition.
     """
+    known = f"columns are {', '.join(columns)}" if columns else "there is no column"
     if "@" in _TEXT.sub("", query) or "__" in query:
-        raise UsageError(f"{where}: the query {query!r} may only name columns; there are {', '.join(columns)}")
+        raise UsageError(f"{where}: the query {query!r} may only name columns; {known}")
     named = {quoted or plain for quoted, plain in _NAME.findall(_TEXT.sub("", query))}
     frame = read([column for column in columns if column in named])
     try:
         found = np.asarray(frame.eval(query, engine="python"))
     except Exception as error:  # whatever pandas says of a query that is wrong
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{where}: the query {query!r} fails ({line}); columns are {', '.join(columns)}") from None
+        raise UsageError(f"{where}: the query {query!r} fails ({line}); {known}") from None
     if found.shape != (len(frame),) or pd.api.types.infer_dtype(found, skipna=True) not in ("boolean", "empty"):
         raise UsageError(f"{where}: the query {query!r} is no condition on cells; compare a column with something")
     return np.asarray(pd.Series(found).fillna(value=False), bool)

@@ -12,7 +12,7 @@ from megacell.store.duplicates import EMPTY, held
 from megacell.store.errors import DataError
 from megacell.store.manifest import NAME
 
-STORE_OF = "megacell.store_of"  # entry-point group: functions from a path (of a model, say) to its store's, or None
+STORE_OF = "megacell.store_of"  # entry-point group: functions from a path (of a model, say) to its open store, or None
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def open_store_of(path: Path) -> CellStore:
         for point in entry_points(group=STORE_OF):
             found = point.load()(path)
             if found is not None:
-                return CellStore.open(found)
+                store: CellStore = found
+                return store
         if path.exists() and not path.is_dir():
             raise DataError(f"{path}: neither a cell store nor a model that names its store; give the store's folder")
     return CellStore.open(path)

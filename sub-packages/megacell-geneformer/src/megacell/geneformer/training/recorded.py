@@ -14,8 +14,9 @@ from megacell.store.errors import DataError
 
 
 def store_record(store: Any) -> dict[str, int | str]:
-    """Return what tells a store at its generation from every other."""
-    return {"generation": store.generation, "digest": store.digest, "cells": len(store)}
+    """Return what tells a store at its generation from every other, and where it lies."""
+    path = str(Path(store.path).resolve())
+    return {"path": path, "generation": store.generation, "digest": store.digest, "cells": len(store)}
 
 
 def open_recorded(path: str | Path, vocabulary: Vocabulary, record: Mapping[str, Any]) -> tuple[Any, str | None]:
