@@ -8,13 +8,18 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from megacell.geneformer.evaluate import PREDICTORS, Evaluation, evaluate
+from megacell.geneformer.interchange import hugging_face
 from megacell.geneformer.interchange.nemo import save
+from megacell.geneformer.interchange.open import open_model
 from megacell.geneformer.masking import MaskSettings
+from megacell.geneformer.model.bert import Pack
 from megacell.geneformer.split import SplitSettings, split_cells
 from megacell.geneformer.tokenize import tokenize
+from megacell.geneformer.training import device
 from megacell.geneformer.training.data import TrainingData, fit_frequencies, frequency_losses
 from megacell.geneformer.training.recorded import store_record
 from megacell.geneformer.vocabulary_build import build_vocabulary
@@ -134,6 +139,32 @@ def test_count_arithmetic_beats_frequency_and_an_untrained_model_does_not(result
     assert row["count_arithmetic"][0] < row["frequency"][0] < row["model"][0]
 
 
+def test_accuracy_is_how_often_the_likeliest_gene_is_right(model, store, training, result):
+    opened, right, frequency = open_model(model), [], fit_frequencies(training, most=10**6)
+    common = []
+    stream = training.stream(held_out=True)
+    for batch in (batch for step in range(stream.steps_per_epoch) for batch in stream.step(step)):
+        with torch.inference_mode(), device.single_process():
+            pack = Pack.of(batch, "cpu")
+            logits = opened.bert.logits(opened.bert.encode(pack)[pack.masked])
+        right += (logits.numpy().argmax(1) == batch.labels).tolist()
+        common += (batch.labels == frequency.token_counts.argmax()).tolist()
+    accuracy = result.rows[0]["accuracy"]
+    assert accuracy["model"][0] == pytest.approx(np.mean(right), rel=1e-12)
+    assert accuracy["frequency"][0] == pytest.approx(np.mean(common), rel=1e-12)
+    assert 0 <= accuracy["rank_frequency"][0] <= 1
+    assert "count_arithmetic" not in accuracy
+
+
+def test_a_model_from_elsewhere_is_evaluated_on_cells_held_out_by_default(model_for, store, vocabulary, tmp_path):
+    made = model_for(vocabulary, max_length=128, norm="post", activation="relu")
+    hugging_face.save(made, tmp_path / "hf")
+    found = evaluate(tmp_path / "hf", store.path, cells=4)
+    assert "may be among them" in found.split
+    assert found.rows[0]["cells"] == 4
+    assert np.isfinite([found.rows[0][name] for name in PREDICTORS]).all()
+
+
 def test_fewer_cells_are_drawn_the_same_each_time(model, store, result):
     few, again = (evaluate(model, store.path, cells=5) for _ in range(2))
     assert few == again
@@ -197,13 +228,16 @@ def test_of_a_tokenised_corpus_all_is_the_same_but_for_what_needs_counts(model_w
 
 def test_the_table_has_a_line_a_group_and_four_losses():
     row = {"group": "all", "cells": 3, "masked_genes": 40, "model": (1.5, 0.25), "frequency": (2.0, 0.1),
-           "rank_frequency": (1.75, 0.1), "count_arithmetic": None}  # fmt: skip
+           "rank_frequency": (1.75, 0.1), "count_arithmetic": None,
+           "accuracy": {"model": (0.125, 0.01), "frequency": (0.0, 0.0), "rank_frequency": (1.0, 0.0)}}  # fmt: skip
     first, head, line = Evaluation("split by plate", 5, [row]).table().splitlines()
     assert "split by plate" in first
     assert head.split() == [
         "cells", "masked", "model", "gene", "frequency", "frequency", "at", "that", "rank", "count", "arithmetic",
     ]  # fmt: skip
-    assert re.fullmatch(r"all +3 +40 +1\.500 ± 0\.250 +2\.000 ± 0\.100 +1\.750 ± 0\.100 +not defined", line)
+    assert re.fullmatch(
+        r"all +3 +40 +1\.500 ± 0\.250 +12\.5% +2\.000 ± 0\.100 +0\.0% +1\.750 ± 0\.100 +100\.0% +not defined", line
+    )
 
 
 @pytest.mark.parametrize("cells", [0, -5])

@@ -153,6 +153,12 @@ class TokenFrequency:
         nats: np.ndarray = -np.log(self.probabilities()[1][position * RANK_BINS // n_genes, true_tokens])
         return nats
 
+    def likeliest(self, position: np.ndarray, n_genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the token of highest probability at each position, overall and at that relative rank, int [M] each."""
+        frequency, ranked = self.probabilities()
+        bins = np.asarray(position, dtype=np.int64) * RANK_BINS // np.asarray(n_genes, dtype=np.int64)
+        return np.full(len(bins), frequency.argmax()), ranked.argmax(axis=1)[bins]
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What has to be kept to make this object again, e.g. by ``np.savez(path, **frequency.to_arrays())``.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from megacell.geneformer.batches import BatchStream, MicroBatch
 from megacell.geneformer.cell_sets import CellSet
@@ -32,16 +33,18 @@ TITLES = ("model", "gene frequency", "frequency at that rank", "count arithmetic
 BATCH_CELLS = 64
 FITTED_CELLS = 20_000  # most training cells that the baselines are fitted on
 PACK_TOKENS = 16_384
+_RIGHT = "right: "
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats of each predictor, over all masked genes and by group.
+    """Mean loss in nats and accuracy of each predictor, over all masked genes and by group.
 
     Attributes
     ----------
     rows : list of dict
-        ``group``, ``cells``, ``masked_genes``, and a loss (or None) and its standard error over cells a predictor.
+        ``group``, ``cells``, ``masked_genes``, a loss (or None) and its standard error over cells a predictor, and
+        ``accuracy``: of the predictors that name a likeliest gene, how often it is the right one, with its error.
     split : str
         How cells were held out.
     """
@@ -57,14 +60,18 @@ class Evaluation:
     def table(self) -> str:
         """Return it as text."""
         head = f"{'':24}{'cells':>8}{'masked':>10}" + "".join(f"{title:>26}" for title in TITLES)
-        lines = [f"held-out loss in nats (± standard error over cells); {self.split}", head]
+        what = "held-out loss in nats (± standard error over cells), and how often the likeliest gene is the right one"
+        lines = [f"{what}; {self.split}", head]
         for row in self.rows:
-            losses = "".join(
-                f"{'not defined' if row[name] is None else '{:.3f} ± {:.3f}'.format(*row[name]):>26}"
-                for name in PREDICTORS
-            )
+            losses = "".join(f"{_in_words(row[name], row['accuracy'].get(name)):>26}" for name in PREDICTORS)
             lines.append(f"{row['group'][:23]:24}{row['cells']:>8,}{row['masked_genes']:>10,}{losses}")
         return "\n".join(lines)
+
+
+def _in_words(loss: tuple[float, float] | None, accuracy: tuple[float, float] | None) -> str:
+    if loss is None:
+        return "not defined"
+    return "{:.3f} ± {:.3f}".format(*loss) + (f" {accuracy[0]:7.1%}" if accuracy else "")
 
 
 def evaluate(
@@ -78,10 +85,13 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model on the held-out cells of a store, or of a tokenised corpus.
 
+    A model that comes from elsewhere does not tell which cells it has seen: cells are held out from the baselines as
+    by default, and masked as Geneformer was trained (15 %, 80/10/10).
+
     Parameters
     ----------
     model_path : Path
-        .nemo file, run or checkpoint.
+        .nemo file, Hugging Face directory, run or checkpoint.
     store_path : Path
         The one that the model was trained on is opened at the generation it had then.
     by : str, optional
@@ -107,7 +117,7 @@ def evaluate(
     if by is not None and by not in store.obs_columns:
         raise UsageError(f"--by {by}: {store_path} has no such column; it has {', '.join(store.obs_columns)}")
     coverage_line(store, model.vocabulary, allow=allow_low_coverage)
-    data = model.cfg.provenance.data
+    data = _data_of(model)
     split, lengths = split_cells(store, SplitSettings(**data.split)), token_lengths(store, model.vocabulary)
     used = cells_in_use(store, lengths, **choice)
     train, held_out = ((CellSet.of(each) & used)[:] for each in (split.train, getattr(split, side)))
@@ -131,6 +141,9 @@ def evaluate(
 def _open(path: Path, model: Any) -> tuple[Any, dict[str, Any], str]:
     """Open cells: those of the model's run as it saw them, with its choice among them, or others; say so in words."""
     provenance = model.cfg.provenance
+    if "data" not in provenance:
+        words = "; the model does not tell which cells it was trained on: these may be among them"
+        return open_cells(path, model.vocabulary), {}, words
     if "store" in provenance:
         try:
             store, grown = open_recorded(path, model.vocabulary, provenance.store)
@@ -140,6 +153,14 @@ def _open(path: Path, model: Any) -> tuple[Any, dict[str, Any], str]:
     else:
         store, words = open_cells(path, model.vocabulary), ""
     return store, provenance.data.get("choice", {}), words
+
+
+def _data_of(model: Any) -> DictConfig:
+    """Return how the model's run held out and masked cells; of a model from elsewhere, how it is done by default."""
+    told = model.cfg.provenance.get("data")
+    if told is not None:
+        return told
+    return OmegaConf.create({"split": asdict(SplitSettings()), "masking": asdict(MaskSettings()), "seed": 0})
 
 
 @dataclass
@@ -203,16 +224,22 @@ def _counts_of(
 def _losses(
     stream: BatchStream, model: Any, arithmetic: CountArithmetic, *, with_counts: bool
 ) -> dict[str, np.ndarray]:
-    """Return for each masked gene its cell's global number and every predictor's loss."""
+    """Return for each masked gene its cell's global number, every predictor's loss, and which name the right gene."""
     from megacell.geneformer.model.bert import Pack
     from megacell.geneformer.training import device
 
-    found: dict[str, list[np.ndarray]] = {name: [] for name in ("cell", *PREDICTORS)}
+    names = ("cell", *PREDICTORS, *(_RIGHT + name for name in PREDICTORS[:3]))
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     where = next(model.bert.parameters()).device
     for batch in _batches(stream):
         with device.single_process():
-            found["model"].append(model.bert(Pack.of(batch, where)).float().cpu().numpy())
+            nats, likeliest = model.bert.predict(Pack.of(batch, where))
+        found["model"].append(nats.float().cpu().numpy())
         rank, genes = masked_ranks(batch, model.vocabulary)
+        for name, token in zip(
+            PREDICTORS, (likeliest.cpu().numpy(), *arithmetic.frequency.likeliest(rank, genes)), strict=False
+        ):
+            found[_RIGHT + name].append(token == batch.labels)
         found["frequency"].append(arithmetic.frequency.frequency_nats(batch.labels))
         found["rank_frequency"].append(arithmetic.frequency.rank_frequency_nats(batch.labels, rank, genes))
         if with_counts:
@@ -236,13 +263,15 @@ def _arithmetic_nats(batch: MicroBatch, vocabulary: Any, arithmetic: CountArithm
 def _row(group: str, losses: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, Any]:
     cell, place = np.unique(losses["cell"][chosen], return_inverse=True)
     row: dict[str, Any] = {"group": group, "cells": len(cell), "masked_genes": int(chosen.sum())}
-    weights = np.bincount(place)
     for name in PREDICTORS:
-        row[name] = None
-        if name in losses:
-            nats = losses[name][chosen].astype(np.float64)
-            mean = nats.mean()
-            off = np.bincount(place, weights=nats) - mean * weights  # ratio estimator: cells are the sample
-            error = np.sqrt((off**2).sum()) / weights.sum()
-            row[name] = (float(mean), float(error))
-    return row
+        row[name] = _mean(losses[name][chosen], place) if name in losses else None
+    right = {name: losses[_RIGHT + name][chosen] for name in PREDICTORS if _RIGHT + name in losses}
+    return row | {"accuracy": {name: _mean(each, place) for name, each in right.items()}}
+
+
+def _mean(values: np.ndarray, cell: np.ndarray) -> tuple[float, float]:
+    """Return the mean over masked genes, and its standard error: a ratio estimator, as cells are the sample."""
+    values, weights = values.astype(np.float64), np.bincount(cell)
+    mean = values.mean()
+    off = np.bincount(cell, weights=values) - mean * weights
+    return float(mean), float(np.sqrt((off**2).sum()) / weights.sum())
