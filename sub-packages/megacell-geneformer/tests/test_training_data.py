@@ -147,9 +147,12 @@ class TestTheTest:
         split = split_cells(real_store, SplitSettings("cell", 0.1, 0, 0.2))
         assert split.test.sum() > 400
         read = []
-        gather = CellStore.gather
+        gather, in_place = CellStore.gather, CellStore.rows_in_place
         monkeypatch.setattr(CellStore, "gather", lambda store, cells, **more: (
             read.extend(np.asarray(cells).tolist()) or gather(store, cells, **more)
+        ))  # fmt: skip
+        monkeypatch.setattr(CellStore, "rows_in_place", lambda store, cells: (
+            read.extend(np.asarray(cells).tolist()) or in_place(store, cells)
         ))  # fmt: skip
         frequency = fit_frequencies(data, 10**6)
         frequency_losses(frequency, data)
