@@ -21,31 +21,26 @@ OPTIONS = {
 CELLS = 12  # of a step
 
 
+_STANDING: dict[int, dict] = {}  # what parallel_state holds, by tensor parallel ranks
+
+
 @contextlib.contextmanager
 def groups(tensor: int) -> Iterator[None]:
-    """Megatron's process groups for one job."""
+    """Megatron's process groups for one job; they stay for the next: gloo has a thread for each, which never sleeps."""
     from megacell.geneformer.training import device
 
     with device.megatron():
         from megatron.core import parallel_state
 
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+        bare = dict(vars(parallel_state))
+        if tensor not in _STANDING:
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+            _STANDING[tensor] = dict(vars(parallel_state))
+        vars(parallel_state).update(_STANDING[tensor])
         try:
             yield
         finally:
-            parallel_state.destroy_model_parallel()
-            end_groups()
-
-
-def end_groups() -> None:
-    """End all process groups but the world's: gloo has a thread for each, which wakes a hundred times a second."""
-    import gc
-
-    import torch.distributed as dist
-
-    gc.collect()
-    for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
-        dist.destroy_process_group(group)
+            vars(parallel_state).update(bare)
 
 
 def packs(step: int, rank: int, ranks: int, micro_batches: int = 2) -> list:

@@ -77,22 +77,27 @@ def test_the_fuller_raw_is_taken_and_antibodies_are_left_out(data, store):
 @RUNS
 def test_a_run_leaves_metrics_a_summary_and_whole_checkpoints(name, request, vocabulary):
     run, printed = request.getfixturevalue(name)
-    rows = metrics(run)
+    rows, saved = metrics(run), [5, 6, 10, 12]  # every fifth, the best so far at the validation of 6, and the last
     assert tuple(rows[0]) == COLUMNS
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
-        figures = {column: float(row[column]) for column in COLUMNS if column != "held_out_loss"}
+        step = int(row["step"])
+        absent = {"loss_spike", "grad_norm_spike"} if step == 1 else set()  # there is no step before it
+        absent |= {"held_out_loss"} if step % 6 else set()
+        absent |= set() if step in saved else {"save_stall"}
+        figures = {column: float(row[column]) for column in COLUMNS if row[column]}
+        assert figures.keys() == set(COLUMNS) - absent
         assert all(np.isfinite(list(figures.values())))
+        assert figures["skipped"] == 0
         assert figures["cells"] == 8
         assert 0 < figures["masked_tokens"] < 0.3 * figures["tokens"]
         assert figures["tokens"] <= 8 * 128
         assert figures["grad_norm"] > 0
         assert 0 <= figures["data_wait"] <= 1
-        assert bool(row["held_out_loss"]) == (int(row["step"]) % 6 == 0)
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["step"], summary["finished"]) == (STEPS, True)
     assert {"frequency", "rank_frequency", "masked_genes"} <= summary.keys()
-    assert checkpoints(run) == [5, 6, 10, 12]  # every fifth, the best so far at the validation of 6, and the last
+    assert checkpoints(run) == saved
     assert Vocabulary.open(run / "vocabulary").hash == Vocabulary.open(vocabulary).hash
     assert "split by cell" in printed
     assert f"gene frequency {summary['frequency']:.3f}" in printed
