@@ -16,15 +16,15 @@ from ranks import Ranks
 STEPS = 12
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_ranks():
-    """Two gloo ranks, for the whole session."""
+    """Two gloo ranks, for a file's tests: they are never quite idle."""
     pool = Ranks(2)
     yield pool
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_rank():
     """One rank of its own: the reference."""
     pool = Ranks(1)

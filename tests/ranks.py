@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pool of gloo ranks that lives as long as the tests: importing Megatron and NeMo takes 10 s, so it is done once."""
+"""A pool of gloo ranks for the tests of a file: importing Megatron and NeMo takes 10 s, so it is done once."""
 
 import multiprocessing
 import os
