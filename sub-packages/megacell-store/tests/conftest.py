@@ -2,6 +2,7 @@
 """What the store's tests share: real cells, made ones, and files of every layout."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,11 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # layouts.py and damages.py, also in processes that tests start
+
+from layouts import make_anndata, make_counts
 
 from megacell.store import CellStore
 
@@ -23,25 +27,6 @@ def real_cells() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real cells are absent: no {folder}; set MEGACELL_TEST_DATA")
     return folder
-
-
-def make_counts(cells: int, genes: int, seed: int = 0, depth: float = 3000.0) -> np.ndarray:
-    """Whole counts whose totals spread as real ones do: float32 [cells, genes]."""
-    random = np.random.default_rng(seed)
-    share = random.lognormal(0, 2, genes)
-    totals = depth * random.lognormal(0, 0.5, cells)
-    return random.poisson(totals[:, None] * (share / share.sum())[None]).astype(np.float32)
-
-
-def make_anndata(
-    counts: Any, *, first_gene: int = 0, prefix: str = "ENSG", obs: pd.DataFrame | None = None, name: str = "cell"
-) -> ad.AnnData:
-    """AnnData with Ensembl ids as index and symbols beside."""
-    numbers = range(first_gene, first_gene + counts.shape[1])
-    var = pd.DataFrame({"feature_name": [f"GENE{i}" for i in numbers]}, index=[f"{prefix}{i:011d}" for i in numbers])
-    if obs is None:
-        obs = pd.DataFrame(index=[f"{name}-{i}" for i in range(counts.shape[0])])
-    return ad.AnnData(counts, obs=obs, var=var)
 
 
 @pytest.fixture

@@ -68,14 +68,14 @@ sys.exit(main(["convert", {str(new)!r}, "--out", {str(store)!r}, "--allow-subset
 
 def test_a_file_that_changes_while_it_is_read_is_refused(counts, save, tmp_path, monkeypatch):
     path = save(counts)
-    real = conversion.make_shard
+    real = conversion.attempt
 
     def meddle(*args):
         record = real(*args)
         os.utime(path, (1, 1))
         return record
 
-    monkeypatch.setattr(conversion, "make_shard", meddle)
+    monkeypatch.setattr(conversion, "attempt", meddle)
     with pytest.raises(DataError, match=r"made\.h5ad: changed while it was read"):
         convert(path, tmp_path / "store", **ALLOWED)
     assert not (tmp_path / "store").exists()
@@ -124,14 +124,14 @@ def test_all_refused_files_are_named_at_once(counts, made, save, tmp_path):
 
 def test_two_writers_never_meet(counts, save, tmp_path, monkeypatch):
     path, store = save(counts), tmp_path / "store"
-    real = conversion.make_shard
+    real = conversion.attempt
 
     def second_writer(*args):
         with pytest.raises(DataError, match="another conversion is writing here"):
             convert(path, store, **ALLOWED)
         return real(*args)
 
-    monkeypatch.setattr(conversion, "make_shard", second_writer)
+    monkeypatch.setattr(conversion, "attempt", second_writer)
     convert(path, store, **ALLOWED)
     assert len(CellStore.open(store)) == 60
     assert not [p.name for p in store.iterdir() if p.name.startswith(LOCK)]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every input format gives the same cells, and every choice of cells, counts and names does what it says."""
 
-import gzip
 import json
 
 import anndata as ad
@@ -12,6 +11,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import FORMATS
 
 from megacell.store import CellStore, convert
 from megacell.store.errors import DataError, UsageError
@@ -19,90 +19,6 @@ from megacell.store.sources import h5_matrix
 from megacell.store.sources.source import open_source
 
 ALLOWED = {"allow_subset": True}
-
-
-def write_loom(path, counts, ids, *, chunk=None):
-    with h5py.File(path, "w") as file:
-        file.create_dataset("matrix", data=counts.T, chunks=chunk and tuple(map(min, chunk, counts.T.shape)))
-        file["row_attrs/ensembl_id"] = np.array(ids, "S")
-        file["col_attrs/CellID"] = np.array([f"cell-{i}" for i in range(len(counts))], "S")
-        file["col_attrs/n_counts"] = counts.sum(1)
-        file["col_attrs/filter_pass"] = np.ones(len(counts), np.int64)
-        file.create_group("layers")
-
-
-def write_tenx_h5(path, counts, ids, *, version=3):
-    rows = sp.csr_matrix(counts.astype(np.int32))
-    with h5py.File(path, "w") as file:
-        group = file.create_group("matrix" if version == 3 else "GRCh38")
-        for name in ("data", "indices", "indptr"):
-            group[name] = getattr(rows, name)
-        group["shape"] = np.array(counts.shape[::-1])
-        group["barcodes"] = np.array([f"cell-{i}" for i in range(len(counts))], "S")
-        names = np.array([f"GENE{i}" for i in range(len(ids))], "S")
-        if version == 3:
-            group["features/id"], group["features/name"] = np.array(ids, "S"), names
-            group["features/feature_type"] = np.array([b"Gene Expression"] * len(ids))
-        else:
-            group["genes"], group["gene_names"] = np.array(ids, "S"), names
-
-
-def write_mtx(folder, counts, ids, *, zipped=True, order=None):
-    folder.mkdir()
-    coo = sp.coo_matrix(counts.T.astype(np.int64))
-    order = np.arange(coo.nnz) if order is None else order(coo.nnz)
-    lines = ["%%MatrixMarket matrix coordinate integer general", "%made", f"{coo.shape[0]} {coo.shape[1]} {coo.nnz}"]
-    lines += [f"{coo.row[k] + 1} {coo.col[k] + 1} {coo.data[k]}" for k in order]
-    parts = {
-        "matrix.mtx": lines,
-        "features.tsv" if zipped else "genes.tsv": [f"{g}\tGENE{i}" for i, g in enumerate(ids)],
-        "barcodes.tsv": [f"cell-{i}" for i in range(len(counts))],
-    }
-    for name, own in parts.items():
-        text = "\n".join([*own, ""]).encode()
-        (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(text) if zipped else text)
-
-
-def write_h5mu(path, data):
-    data.write_h5ad(path)
-    with h5py.File(path, "r+") as file:
-        file.create_group("mod/rna")
-        for name in list(file):
-            if name != "mod":
-                file.move(name, f"mod/rna/{name}")
-        file.create_group("mod/prot")
-
-
-def write_zarr(path, data, version):
-    data.obs["kind"] = pd.Categorical(["a", "b"] * (len(data) // 2))
-    before = ad.settings.zarr_write_format
-    ad.settings.zarr_write_format = version
-    try:
-        data.write_zarr(path)
-    finally:
-        ad.settings.zarr_write_format = before
-
-
-FORMATS = {
-    "loom": lambda path, counts, ids, data: write_loom(path / "f.loom", counts, ids),
-    "loom in chunks": lambda path, counts, ids, data: write_loom(path / "f.loom", counts, ids, chunk=(64, 7)),
-    "10x h5 v3": lambda path, counts, ids, data: write_tenx_h5(path / "f.h5", counts, ids),
-    "10x h5 v2": lambda path, counts, ids, data: write_tenx_h5(path / "f.h5", counts, ids, version=2),
-    "mtx": lambda path, counts, ids, data: write_mtx(path / "sample", counts, ids),
-    "mtx of old, plain": lambda path, counts, ids, data: write_mtx(path / "sample", counts, ids, zipped=False),
-    "mtx in any order": lambda path, counts, ids, data: write_mtx(
-        path / "sample", counts, ids, order=np.random.default_rng(0).permutation
-    ),
-    "h5mu": lambda path, counts, ids, data: write_h5mu(path / "f.h5mu", data),
-    "zarr v2, dense": lambda path, counts, ids, data: write_zarr(path / "f.zarr", data, 2),
-    "zarr v3, csr": lambda path, counts, ids, data: write_zarr(path / "f.zarr", sparse(data, sp.csr_matrix), 3),
-    "zarr v2, csc": lambda path, counts, ids, data: write_zarr(path / "f.zarr", sparse(data, sp.csc_matrix), 2),
-}
-
-
-def sparse(data, kind):
-    data.X = kind(data.X)
-    return data
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -213,3 +213,13 @@ def narrow(values: Any) -> tuple[Any, Any, Any]:
             large[n] = np.uint32(values[k])
             n += 1
     return counts, positions, large
+
+
+def compile_all() -> None:
+    """Compile the loops that write a shard, for the types that they meet, or load them from the cache."""
+    empty, columns = np.zeros(1, np.int64), np.zeros(0, np.int32)
+    for dtype in (np.float32, np.float64):
+        values = np.zeros(0, dtype)
+        canonical_rows(empty, columns, values, np.zeros(1, bool), columns, 0)
+        cell_hashes(empty, np.zeros(0, np.uint32), values, np.zeros(0, np.uint64))
+        narrow(values)

@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megacell.store.durable import TEMPORARY, write_whole
-from megacell.store.errors import DataError, UsageError
-from megacell.store.executors import MEMORY, executor, fitting_workers
+from megacell.store.errors import DataError, KilledError, UsageError
+from megacell.store.executors import MEMORY, Died, executor, fitting_workers
 from megacell.store.genes import GeneTable
 from megacell.store.lock import writing
 from megacell.store.manifest import FileRecord, Manifest, ObsColumn, ShardRecord, generation_name
-from megacell.store.obs import INDEX, from_table, to_table
+from megacell.store.obs import INDEX, OBS_ROWS, from_table
 from megacell.store.parts import refuse_running_parts
 from megacell.store.plan import load_plan, shard_folder
 from megacell.store.progress import Progress
@@ -175,7 +175,11 @@ def _merge(
     names = [name for name, _ in zip(manifest.new_shards(), several, strict=False)]
     with executor(min(workers, len(several))) as run:
         same = [[each] * len(several) for each in (store, folder, manifest.genes_file, manifest.obs)]
-        made = list(bar.steps("merging shards", run.map(merge_shards, *same, several, names), len(several)))
+        made = []
+        for record in bar.steps("merging shards", run.map(merge_shards, *same, several, names), len(several)):
+            if isinstance(record, Died):
+                raise KilledError(f"{store}: a process that merged shards died ({record.name}); run it again")
+            made.append(record)
     ready = iter(made)
     return [next(ready) if len(group) > 1 else group[0] for group in groups]
 
@@ -191,17 +195,17 @@ def merge_shards(
             return made
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not made yet
-    for left in (place, place.with_name(name + TEMPORARY)):
-        if left.exists():  # of a process that was killed
-            shutil.rmtree(left)
+    for left in (place, *place.parent.glob(f"{name}-*{TEMPORARY}")):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     hashes = GeneTable.read(store / genes_file).hashes()
     shards = [_open_whole(store, record) for record in group]
     if all(shard.indices.dtype == np.uint16 for shard in shards):
         hashes = hashes[: 1 << 16]  # genes that were added since need no wider numbers here
-    writer = ShardWriter(store, name, hashes, fractional=_is_fractional(group[0]))
+    writer = ShardWriter(store, name, hashes, schema, fractional=_is_fractional(group[0]))
     try:
-        tables = [_add(shard, writer, len(hashes), schema) for shard in shards]
-        record = writer.finish(pa.concat_tables(tables).unify_dictionaries().combine_chunks())
+        for shard in shards:
+            _add(shard, writer, len(hashes), schema)
+        record = writer.finish()
     except BaseException:
         writer.abandon()
         raise
@@ -221,8 +225,8 @@ def _open_whole(store: Path, record: ShardRecord) -> Shard:
     return shard
 
 
-def _add(shard: Shard, writer: ShardWriter, genes: int, schema: Sequence[ObsColumn]) -> pa.Table:
-    """Append a shard's cells; return their metadata as the store has them now."""
+def _add(shard: Shard, writer: ShardWriter, genes: int, schema: Sequence[ObsColumn]) -> None:
+    """Append a shard's cells, and their metadata as the store has them now."""
     hashes, panels = shard.map("cell_hash.npy"), shard.map("panels.npy")
     for first, indptr, numbers, counts in cut_blocks(0, shard.indptr, shard.indices, shard.counts, ROWS):
         cells = slice(first, first + len(indptr) - 1)
@@ -231,9 +235,11 @@ def _add(shard: Shard, writer: ShardWriter, genes: int, schema: Sequence[ObsColu
         if not whole or not np.array_equal(writer.add(indptr, numbers, values, panels[cells]), hashes[cells]):
             raise DataError(f"{shard.folder}: cells from row {first} on are not those that were hashed; convert again")
     with pq.ParquetFile(shard.folder / OBS) as file:
-        table = file.read()
-    frame = pd.DataFrame({column.name: from_table(table, column) for column in schema}, index=range(table.num_rows))
-    return to_table(frame.set_axis(np.array(table.column(INDEX).to_pylist(), object), axis=0), schema)
+        for batch in file.iter_batches(OBS_ROWS):
+            table = pa.Table.from_batches([batch])
+            columns = {column.name: from_table(table, column) for column in schema}
+            names = np.array(table.column(INDEX).to_pylist(), object)
+            writer.add_obs(pd.DataFrame(columns, index=range(len(names))).set_axis(names, axis=0))
 
 
 def _exact(shard: Shard, start: int, counts: Array) -> Array:

@@ -7,18 +7,27 @@ finished is kept for the next one of the same request.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megacell.store.duplicates import Duplicates, duplicates_of
 from megacell.store.errors import DataError, UsageError
-from megacell.store.executors import MEMORY, executor, fitting_workers
+from megacell.store.executors import MEMORY, Died, executor, fitting_workers
 from megacell.store.graphs import check_names
-from megacell.store.inspection import Inspection, inspect, refuse, refuse_absent_graphs, refuse_repeated
+from megacell.store.inspection import (
+    Inspection,
+    hashes_of,
+    inspect,
+    refuse,
+    refuse_absent_graphs,
+    refuse_repeated,
+)
 from megacell.store.lock import writing
 from megacell.store.manifest import Manifest, Source
+from megacell.store.obs import Schema
 from megacell.store.options import Options, Sample, read_sheet
+from megacell.store.outcomes import Amendment, Outcome, amend, amendments, outcome_of
 from megacell.store.parts import PART_LOCK, part_plan, refuse_running_parts, request_hash
 from megacell.store.plan import PLAN, Plan, load_plan, make_plan
 from megacell.store.progress import Progress, watching
@@ -27,7 +36,7 @@ from megacell.store.shard import SHARD_BYTES
 from megacell.store.sources.open import find_sources
 from megacell.store.sources.scdl import count_blocks, is_scdl
 from megacell.store.target import check_target, open_target, sweep, sweeping
-from megacell.store.tasks import Amendment, Outcome, amend, amendments, attempt, outcome_of
+from megacell.store.tasks import attempt, blame, ended_by
 
 _SMALL = 50_000_000  # values that one process writes in less time than others take to start
 
@@ -45,7 +54,7 @@ class ConversionReport:
     cells, genes : int
         Of the whole store; of a part, the cells that it made.
     inspections : list of Inspection
-        What was found of each file, in the order given.
+        What was found of each file, in the order given; of a conversion, of those that were taken.
     sources : list of Source
         The sources that this conversion added.
     duplicates : list of Duplicates
@@ -231,41 +240,46 @@ class _Job:
         """Look at the files and write nothing."""
         workers = fitting_workers(self.workers, self.memory)
         with executor(workers if len(self.samples) >= 4 * workers else 1, self.scheduler) as run:
-            found = list(bar.steps("looking at files", run.map(inspect, self.samples), len(self.samples)))
+            found = list(self._found(run.map(inspect, self.samples), bar))
         refuse_absent_graphs([each for each in found if each.refused is None])
         return ConversionReport(self.store, 0, sum(i.cells for i in found if not i.refused), 0, found)
+
+    def _found(self, looks: Iterable[Inspection | Died], bar: Progress) -> Iterator[Inspection]:
+        """Yield what was found of each file; one whose reading ended a process is refused."""
+        looks = bar.steps("looking at files", looks, len(self.samples))
+        for sample, found in zip(self.samples, looks, strict=True):
+            if isinstance(found, Died):
+                found = Inspection(sample, refused=DataError(ended_by(sample.path, found.name)))
+            yield found
 
     def whole(self, bar: Progress) -> ConversionReport:
         """Plan, or go on with the plan of a conversion that was killed; make all shards; commit."""
         with open_target(self.store, append=self.append) as before:
             refuse_running_parts(self.store)
             with sweeping(self.store):
-                plan, found = self._plan(before, bar)
+                plan = self._plan(before, bar)
                 self._work(plan, bar)
                 manifest = publish(self.store, before, plan)
             self.say(
                 f"wrote {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}, {manifest.values:,} values in all"
             )
-            left_out = [str(each.refused) for each in found if each.refused]
-            left_out += [each.left_out for each in amendments(plan) if each.left_out]
+            left_out = plan.left_out + [each.left_out for each in amendments(plan).values() if each.left_out]
             sweep(self.store)
         added = list(manifest.sources[plan.first :])
         copies = duplicates_of(self.store, manifest, plan.first)
         cells, genes, generation = manifest.cells, manifest.genes, manifest.generation
         self.say(f"committed generation {generation} of {self.store}: {cells:,} cells, {genes:,} genes")
-        return ConversionReport(self.store, generation, cells, genes, found, added, copies, left_out)
+        return ConversionReport(self.store, generation, cells, genes, plan.inspections, added, copies, left_out)
 
     def part(self, bar: Progress, number: int, of: int) -> ConversionReport:
         """Make one part's shards of a plan that the first part to come makes."""
         if not 1 <= number <= of:
             raise UsageError(f"--part {number}/{of}: parts go from 1/{of} to {of}/{of}")
-        found: list[Inspection] = []
 
         def plan_here() -> None:
-            nonlocal found
             with open_target(self.store, append=self.append) as before:
                 try:
-                    found = self._plan(before, bar)[1]
+                    self._plan(before, bar)
                 except Exception:
                     refuse_running_parts(self.store)
                     sweep(self.store)
@@ -278,29 +292,34 @@ class _Job:
         failed = [outcome.reason for outcome in outcomes if outcome.record is None and not outcome.fractional]
         cells = sum(outcome.record.cells for outcome in outcomes if outcome.record)
         self.say(f"part {number} of {of}: {len(own)} of {len(plan.shards)} shards, {cells:,} cells")
-        return ConversionReport(self.store, 0, cells, plan.genes, found, left_out=failed)
+        return ConversionReport(self.store, 0, cells, plan.genes, plan.inspections, left_out=plan.left_out + failed)
 
     def _request(self) -> str:
         before = Manifest.open(self.store) if self.append else None
         return request_hash(before, self.samples, self.shard_bytes, skip_bad=self.skip_bad)
 
-    def _plan(self, before: Manifest | None, bar: Progress) -> tuple[Plan, list[Inspection]]:
-        """Return the plan of a killed conversion of the same request, or make one; and what was found of the files."""
+    def _plan(self, before: Manifest | None, bar: Progress) -> Plan:
+        """Return the plan of a killed conversion of the same request, or make one."""
         request = self._request()
         plan = load_plan(self.store)
         if plan is not None and plan.request == request:
-            done = sum(outcome_of(plan, number) is not None for number in range(len(plan.shards)))
+            amended = amendments(plan)
+            done = sum(outcome_of(plan, number, amended) is not None for number in range(len(plan.shards)))
             self.say(f"going on with a conversion that was stopped: {done} of {len(plan.shards)} shards are there")
-            return plan, plan.inspections
+            return plan
         refuse_running_parts(self.store)
         sweep(self.store)
         (self.store / PLAN).mkdir()
         workers = fitting_workers(self.workers, self.memory)
+        known = hashes_of(before)
+        schema = Schema(before.obs if before else ())  # the metadata of no more than one file are held beside it
+        found = []
         with executor(workers if len(self.samples) >= 4 * workers else 1, self.scheduler) as run:
             aside = [(self.store / PLAN).absolute()] * len(self.samples)
-            looks = run.map(inspect, self.samples, aside)
-            found = list(bar.steps("looking at files", looks, len(self.samples)))
-        refuse_repeated(found, before)
+            for each in self._found(run.map(inspect, self.samples, aside), bar):
+                refuse_repeated(each, known)
+                schema.add(each.obs if each.refused is None else ())
+                found.append(replace(each, obs=[]))
         good = [each for each in found if each.refused is None]
         if not self.skip_bad or not good:
             refuse(found)
@@ -310,7 +329,8 @@ class _Job:
         if not cells:
             mend = "--all-cells keeps those that are not primary, --where names them"
             raise DataError(f"{found[0].path}: no cell left to convert; {mend}")
-        return make_plan(self.store, request, before, good, self.shard_bytes), found
+        left_out = [str(each.refused) for each in found if each.refused]
+        return make_plan(self.store, request, before, good, left_out, schema.settled(), self.shard_bytes)
 
     def _work(self, plan: Plan, bar: Progress) -> None:
         """Make the shards; where a source turns out other than it looked, make those that hold it again."""
@@ -324,7 +344,7 @@ class _Job:
                 if len(bad) == 1:
                     raise DataError(next(iter(bad.values())))
                 raise DataError(f"{len(bad)} of {len(self.samples)} files are bad: " + " | ".join(bad.values()))
-            if len(bad) == len(plan.sources) - sum(bool(each.left_out) for each in amendments(plan)):
+            if len(bad) == len(plan.sources) - sum(bool(each.left_out) for each in amendments(plan).values()):
                 raise DataError(f"no good file is left: {' | '.join(bad.values())}")
             for source in {each.source for each in failed if each.fractional} - set(bad):
                 path = plan.inspections[source - plan.first].path
@@ -336,14 +356,15 @@ class _Job:
 
     def _run(self, plan: Plan, numbers: Iterable[int], bar: Progress) -> list[Outcome]:
         """Return what became of the shards; those that were not made yet are made."""
-        outcomes = {number: outcome_of(plan, number) for number in numbers}
+        amended = amendments(plan)
+        outcomes = {number: outcome_of(plan, number, amended) for number in numbers}
         todo = [number for number, outcome in outcomes.items() if outcome is None]
         workers = fitting_workers(self.workers, self.memory)
         if self.workers is None and sum(found.values for found in plan.inspections) < _SMALL:
             workers = 1
         with executor(min(workers, len(todo)), self.scheduler if todo else None) as run, watching(bar, plan):
-            made = run.map(make_shard, [plan.store] * len(todo), todo)
-            outcomes |= dict(zip(todo, made, strict=True))
+            for number, made in zip(todo, run.map(make_shard, [plan.store] * len(todo), todo), strict=True):
+                outcomes[number] = blame(plan, number, made.name) if isinstance(made, Died) else made
         return [outcome for outcome in outcomes.values() if outcome is not None]
 
 

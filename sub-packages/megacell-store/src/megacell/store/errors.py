@@ -18,6 +18,10 @@ class DataError(MegacellError):
     """The data are not what they should be: names the file, the place and the mend."""
 
 
+class KilledError(DataError):
+    """A process was killed from outside, or for want of memory: no file is to blame, and what is done is kept."""
+
+
 class UsageError(MegacellError):
     """The command or call was wrong: names the argument and what it should have been."""
 

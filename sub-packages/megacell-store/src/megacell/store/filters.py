@@ -10,6 +10,8 @@ import pandas as pd
 
 from megacell.store.errors import UsageError
 from megacell.store.options import Options
+from megacell.store.sources.container import ROW_NAMES
+from megacell.store.sources.source import CellSource
 
 Array = np.ndarray[Any, Any]
 _FALSE = ("false", "0", "0.0")
@@ -17,18 +19,19 @@ _NAME = re.compile(r"`([^`]+)`|([^\W\d]\w*)")
 _TEXT = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
-def kept_cells(obs: pd.DataFrame, options: Options, where: str) -> tuple[Array, list[str]]:
-    """Return bool [rows], the cells to keep, and notes on those that are not; counts are not looked at here."""
-    keep, notes = np.ones(len(obs), bool), []
+def kept_cells(source: CellSource, options: Options) -> tuple[Array, list[str]]:
+    """Return bool [cells], the cells to keep, and notes on those that are not; counts are not looked at here."""
+    keep, notes = np.ones(source.n_cells, bool), []
     for column in ("is_primary_data", "filter_pass"):
-        if column in obs and not options.all_cells:
-            false = obs[column].astype(object).astype(str).str.strip().str.lower().isin(_FALSE)
+        if column in source.obs_columns and not options.all_cells:
+            own = source.obs(names=[column])[column]
+            false = own.astype(object).astype(str).str.strip().str.lower().isin(_FALSE)
             skipped = keep & np.asarray(false)
             keep &= ~skipped
             if n := int(skipped.sum()):
                 notes.append(f"{n:,} cells with {column} == False skipped")
     if options.where is not None:
-        chosen = matching(options.where, [str(c) for c in obs.columns], lambda names: obs[names], where)
+        chosen = matching(options.where, source.obs_columns, lambda names: source.obs(names=names), str(source.path))
         if n := int((keep & ~chosen).sum()):
             notes.append(f"{n:,} cells skipped that are not: {options.where}")
         keep &= chosen
@@ -45,7 +48,7 @@ def matching(query: str, columns: Sequence[str], read: Callable[[list[str]], pd.
     columns : sequence of str
         Names that there are.
     read : callable
-        Returns the frame of the columns that the query names, and of no others.
+        Returns the frame of the columns that the query names, and of no others; "index" names the cells' own names.
     where : str
         For messages.
 
@@ -58,7 +61,7 @@ def matching(query: str, columns: Sequence[str], read: Callable[[list[str]], pd.
     if "@" in _TEXT.sub("", query) or "__" in query:
         raise UsageError(f"{where}: the query {query!r} may only name columns; {known}")
     named = {quoted or plain for quoted, plain in _NAME.findall(_TEXT.sub("", query))}
-    frame = read([column for column in columns if column in named])
+    frame = read([column for column in (*columns, ROW_NAMES) if column in named])
     try:
         found = np.asarray(frame.eval(query, engine="python"))
     except Exception as error:  # whatever pandas says of a query that is wrong

@@ -275,12 +275,14 @@ class GeneTable:
     def add(self, gene_ids: Texts, symbols: Texts, biotypes: Texts) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Return the genes' numbers; new ones are added at the end, unknown symbols are filled in."""
         ids, symbols, biotypes = (np.asarray(t, object) for t in (gene_ids, symbols, biotypes))
-        new = np.flatnonzero((self._numbers.get_indexer(ids) < 0) & ~pd.Index(ids).duplicated())
-        self.gene_ids = np.concatenate([self.gene_ids, ids[new]])
-        self.symbols = np.concatenate([self.symbols, symbols[new]])
-        self.biotypes = np.concatenate([self.biotypes, biotypes[new]])
-        self._numbers = pd.Index(self.gene_ids, dtype=object)
         numbers = self._numbers.get_indexer(ids)
+        new = np.flatnonzero((numbers < 0) & ~pd.Index(ids).duplicated())
+        if len(new):
+            self.gene_ids = np.concatenate([self.gene_ids, ids[new]])
+            self.symbols = np.concatenate([self.symbols, symbols[new]])
+            self.biotypes = np.concatenate([self.biotypes, biotypes[new]])
+            self._numbers = pd.Index(self.gene_ids, dtype=object)
+            numbers = self._numbers.get_indexer(ids)
         for own, known in ((symbols, self.symbols), (biotypes, self.biotypes)):
             fill = known[numbers] == ""
             known[numbers[fill]] = own[fill]

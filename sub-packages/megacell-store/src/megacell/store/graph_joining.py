@@ -14,9 +14,9 @@ import numpy as np
 from megacell.store.durable import TEMPORARY
 from megacell.store.graphs import WEIGHTS, GraphWriter, Piece, map_graph, widest_weights
 from megacell.store.manifest import GraphRecord, Manifest
+from megacell.store.outcomes import Outcome, piece_folder
 from megacell.store.plan import Plan
 from megacell.store.sources.h5_matrix import ROWS, cut_blocks, spool
-from megacell.store.tasks import Outcome, piece_folder
 
 Array = np.ndarray[Any, Any]
 

@@ -4,7 +4,7 @@
 The genes' names are put aside on disk, equal lists once, so that looking at 10,000 sources holds the names of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from megacell.store.filters import kept_cells
 from megacell.store.genes import FEWEST
 from megacell.store.graphs import weights_type
 from megacell.store.manifest import Manifest, ObsColumn
-from megacell.store.obs import describe, tidy
+from megacell.store.obs import OBS_ROWS, Schema, describe, tidy
 from megacell.store.options import Sample, State
 from megacell.store.sources.choice import Settled
 from megacell.store.sources.source import CellSource
-from megacell.store.species import settle_species
+from megacell.store.species import settle_species, species_of
 
 Texts = np.ndarray[Any, Any]
 LEAST_MEDIAN = 200  # counts a cell; droplets without a cell in them have fewer
@@ -111,22 +111,17 @@ def inspect(sample: Sample, aside: Path | None = None) -> Inspection:
 
 def _look(found: Inspection, source: CellSource) -> None:
     options, path = found.sample.options, found.path
-    obs = source.obs()
-    keep, skipped = kept_cells(obs, options, str(path))
-    found.rows, found.cells, found.format = len(obs), int(keep.sum()), source.format
+    keep, skipped = kept_cells(source, options)
+    found.rows, found.cells, found.format = source.n_cells, int(keep.sum()), source.format
     found.kind, found.matrix, found.ids = source.kind, source.matrix, source.ids
     found.settled, found.genes = source.settled, len(source.gene_ids)
     found.values = source.stored_values
-    own = [ObsColumn(name, "category", (text,)) for name, text in found.sample.obs.items()]
-    named = {column.name for column in own}
-    found.obs = [column for column in describe(tidy(obs)) if column.name not in named] + own
+    found.obs, stated = _look_at_obs(found.sample.obs, source)
     wanted = source.graphs(options.neighbours)
     found.graphs = dict.fromkeys(source.graph_names(), "") | {name: weights_type(g) for name, g in wanted.items()}
     missing = [name for name in options.neighbours if name not in wanted]
     found.notes = [*source.notes, *skipped, *(f"has no graph {n}: its cells have no neighbours there" for n in missing)]
-    found.species, note = settle_species(
-        source.gene_ids, source.symbols, source.stated_species, options.species, str(path)
-    )
+    found.species, note = settle_species(source.gene_ids, source.symbols, stated, options.species, str(path))
     found.notes += [note] if note else []
     _refuse_droplets(found, source)
     if found.subset:
@@ -136,6 +131,17 @@ def _look(found: Inspection, source: CellSource) -> None:
         found.notes.append(f"a subset of {found.genes:,} genes: no use for medians")
     if found.kind == LENGTH_NORMALISED:
         found.notes.append("length-normalised: medians of counts do not apply")
+
+
+def _look_at_obs(given: Mapping[str, str], source: CellSource) -> tuple[list[ObsColumn], set[str]]:
+    """Return the schema of the metadata, with what a sheet gives, and what names of species stand there."""
+    schema, stated = Schema(), source.stated_species()
+    for start in range(0, source.n_cells, OBS_ROWS):
+        obs = source.obs(start, start + OBS_ROWS)
+        schema.add(column for column in describe(tidy(obs)) if column.name not in given)
+        stated |= species_of(obs)
+    schema.add(ObsColumn(name, "category", (text,)) for name, text in given.items())
+    return schema.columns(), stated
 
 
 def _refuse_droplets(found: Inspection, source: CellSource) -> None:
@@ -185,14 +191,17 @@ def refuse(inspections: Sequence[Inspection]) -> None:
         raise kind(f"{len(errors)} of {len(inspections)} files refused: " + " | ".join(map(str, errors)))
 
 
-def refuse_repeated(inspections: Sequence[Inspection], before: Manifest | None) -> None:
+def hashes_of(store: Manifest | None) -> dict[str, str]:
+    """Return what each source of a store is called in messages, by its hash; for `refuse_repeated`."""
+    return {source.hash: f"source {source.name!r} of the store" for source in (store.sources if store else ())}
+
+
+def refuse_repeated(found: Inspection, known: dict[str, str]) -> None:
     """Mark as refused a source whose very bytes are in the store, or in the conversion, already."""
-    known = {source.hash: f"source {source.name!r} of the store" for source in (before.sources if before else ())}
-    for found in inspections:
-        if found.refused is None:
-            if found.hash in known:
-                found.refused = DataError(f"{found.path}: the same bytes as {known[found.hash]}; leave it out")
-            known.setdefault(found.hash, str(found.path))
+    if found.refused is None:
+        if found.hash in known:
+            found.refused = DataError(f"{found.path}: the same bytes as {known[found.hash]}; leave it out")
+        known.setdefault(found.hash, str(found.path))
 
 
 def refuse_absent_graphs(good: Sequence[Inspection]) -> None:

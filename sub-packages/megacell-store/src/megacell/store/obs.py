@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cells' metadata: one schema for all sources, and each source's frame as a table of that schema."""
+"""The cells' metadata: one schema for all sources, and the stored tables as columns of that schema."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ INDEX = "_index"  # the column of the cells' own names
 SOURCE = "source"  # added on reading; a file's own column of that name is kept as OWN_SOURCE
 EMPTY = "empty"  # of a column with nothing but missing values: agrees with every kind
 OWN_SOURCE = "source_in_file"
+OBS_ROWS = 1 << 16  # cells whose metadata are held at once
 MOST_CATEGORIES = 1 << 16  # a column with more distinct values is kept as plain text, not in the manifest
-_ARROW = {
+ARROW = {
     "category": pa.dictionary(pa.int32(), pa.string()),
     "string": pa.string(),
     "integer": pa.int64(),
@@ -36,7 +38,7 @@ def tidy(obs: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(obs: pd.DataFrame) -> list[ObsColumn]:
-    """Return the schema of one tidy frame; a column without any value is of the kind EMPTY, which `unite` settles."""
+    """Return the schema of one tidy frame; a column without any value is of the kind EMPTY, which `Schema` settles."""
     return [_describe(str(name), obs[name]) for name in obs.columns]
 
 
@@ -62,64 +64,56 @@ def _describe(name: str, column: pd.Series) -> ObsColumn:
     return ObsColumn(name, "string")
 
 
-def unite(schemas: Sequence[Sequence[ObsColumn]], *, settle: bool = True) -> list[ObsColumn]:
-    """Return one schema for several: categories united in order, whole and real numbers real, other conflicts text.
-
-    Unless more schemas will follow (`settle` False), a column without any value becomes one of real numbers.
+class Schema:
+    """One schema for many frames, which are added one by one: categories united in order, whole and real numbers real,
+    other conflicts text.
     """
-    united: dict[str, ObsColumn] = {}
-    for column in (column for schema in schemas for column in schema):
-        known = united.get(column.name)
-        united[column.name] = column if known is None else _unite(known, column)
-    return [ObsColumn(c.name, "number") if settle and c.kind == EMPTY else c for c in united.values()]
 
+    def __init__(self, columns: Iterable[ObsColumn] = ()) -> None:
+        self._known: dict[str, ObsColumn] = {}
+        self._categories: dict[str, dict[str, None]] = {}  # of a column that gained some, beside what `_known` has
+        self.add(columns)
 
-def _unite(a: ObsColumn, b: ObsColumn) -> ObsColumn:
-    kinds = {a.kind, b.kind}
-    if kinds == {"category"}:
-        if a.categories == b.categories and a.ordered == b.ordered:
+    def add(self, columns: Iterable[ObsColumn]) -> None:
+        """Unite with the schema of one more frame."""
+        for column in columns:
+            known = self._known.get(column.name)
+            if known is None or (known.kind == EMPTY and column.kind != EMPTY):
+                self._known[column.name] = column
+            elif column.kind != EMPTY:
+                self._known[column.name] = self._united(known, column)
+
+    def columns(self) -> list[ObsColumn]:
+        """Return the schema so far."""
+        return [self._whole(column) for column in self._known.values()]
+
+    def settled(self) -> list[ObsColumn]:
+        """Return the schema for good: a column without any value is one of real numbers."""
+        return [ObsColumn(c.name, "number") if c.kind == EMPTY else c for c in self.columns()]
+
+    def _whole(self, column: ObsColumn) -> ObsColumn:
+        categories = self._categories.get(column.name)
+        return column if categories is None else replace(column, categories=tuple(categories))
+
+    def _united(self, a: ObsColumn, b: ObsColumn) -> ObsColumn:
+        kinds = {a.kind, b.kind}
+        if kinds == {"category"}:
+            known = self._categories.get(a.name)
+            same = known is None and a.categories == b.categories
+            if same and a.ordered == b.ordered:
+                return a
+            if known is None:
+                known = self._categories[a.name] = dict.fromkeys(a.categories or ())
+            known.update(dict.fromkeys(b.categories or ()))
+            if len(known) <= MOST_CATEGORIES:
+                return replace(a, ordered=a.ordered and b.ordered and same)
+        elif len(kinds) == 1:
             return a
-        categories = tuple(dict.fromkeys((a.categories or ()) + (b.categories or ())))
-        if len(categories) <= MOST_CATEGORIES:
-            return ObsColumn(a.name, "category", categories, a.ordered and b.ordered and a.categories == b.categories)
-        return ObsColumn(a.name, "string")
-    if EMPTY in kinds:
-        return b if a.kind == EMPTY else a
-    if len(kinds) == 1:
-        return a
-    return ObsColumn(a.name, "number" if kinds == {"integer", "number"} else "string")
+        self._categories.pop(a.name, None)
+        return ObsColumn(a.name, "number" if kinds == {"integer", "number"} else "string")
 
 
-def to_table(obs: pd.DataFrame, schema: Sequence[ObsColumn]) -> pa.Table:
-    """Return a tidy frame's columns and index as an Arrow table of the schema; absent columns are null."""
-    columns = {INDEX: pa.array(np.asarray(obs.index, object), pa.string())}
-    for column in schema:
-        if column.name in obs:
-            columns[column.name] = _to_arrow(obs[column.name], column)
-        else:
-            columns[column.name] = pa.nulls(len(obs), _ARROW[column.kind])
-    return pa.table(columns)
-
-
-def _to_arrow(values: pd.Series, column: ObsColumn) -> pa.Array:
-    if column.kind == "category":
-        numbers = pd.Index(column.categories or (), dtype=object)
-        own = pd.Categorical(values)
-        texts = pd.Index(list(map(str, own.categories)), dtype=object)
-        number_of = np.append(numbers.get_indexer(texts), -1)  # code -1, of what is missing, is the last
-        codes = number_of[own.codes].astype(np.int32)
-        indices = pa.array(codes, pa.int32(), mask=codes < 0)
-        return pa.DictionaryArray.from_arrays(indices, pa.array(column.categories, pa.string()))
-    if column.kind == "string":
-        return pa.array(_texts(values), pa.string())
-    missing = np.asarray(values.isna())
-    kind = {"integer": np.int64, "number": np.float64, "boolean": np.bool_}[column.kind]
-    filled = values.astype(object).where(~missing, 0).astype(kind) if missing.any() else values.astype(kind)
-    # a NaN among real numbers is missing, as it is for pandas
-    return pa.array(np.asarray(filled), _ARROW[column.kind], mask=missing)
-
-
-def _texts(values: pd.Series) -> np.ndarray[Any, Any]:
+def texts_of(values: pd.Series) -> np.ndarray[Any, Any]:
     """Return text, None where missing."""
     own = pd.Categorical(values.astype(object).map(_text, na_action="ignore"))
     texts = np.full(len(own.categories) + 1, None, object)  # code -1, of what is missing, is the last
@@ -137,19 +131,19 @@ def from_table(table: pa.Table, column: ObsColumn) -> pd.Series:
     A shard written before a column was united with others may hold another type: it is cast here.
     """
     if column.name not in table.column_names:
-        return _to_pandas(pa.chunked_array([pa.nulls(table.num_rows, _ARROW[column.kind])]), column)
+        return _to_pandas(pa.chunked_array([pa.nulls(table.num_rows, ARROW[column.kind])]), column)
     values = table.column(column.name)
     if pa.types.is_dictionary(values.type):
         values = values.cast(pa.string())
     if column.kind in ("category", "string"):
         values = values if pa.types.is_string(values.type) else _numbers_as_text(values)
     else:
-        values = values.cast(_ARROW[column.kind])
+        values = values.cast(ARROW[column.kind])
     return _to_pandas(values, column)
 
 
 def _numbers_as_text(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Write numbers as `to_table` would have written them; each distinct one once."""
+    """Write numbers as an ObsWriter would have written them; each distinct one once."""
     codes = values.combine_chunks().dictionary_encode()
     text = pa.array([str(value) for value in codes.dictionary.to_pylist()], pa.string())
     return pa.chunked_array([pa.DictionaryArray.from_arrays(codes.indices, text).cast(pa.string())])

@@ -9,7 +9,7 @@ finished or failed a file that says so. A conversion that was killed finds it an
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
@@ -24,7 +24,6 @@ from megacell.store.genes import GeneTable, symbol_map
 from megacell.store.graphs import widest_weights
 from megacell.store.inspection import Inspection, read_features
 from megacell.store.manifest import Manifest, ObsColumn, Source, new_shards
-from megacell.store.obs import unite
 from megacell.store.panels import PanelWriter
 from megacell.store.shard import FOLDER
 
@@ -59,6 +58,8 @@ class Plan:
         Of the whole store.
     inspections, sources
         By source of this conversion; cells are as far as known without the counts.
+    left_out : list of str
+        Why each file that was refused at the first look was.
     obs : list of ObsColumn
         Of the whole store.
     graphs : dict
@@ -73,6 +74,7 @@ class Plan:
     first: int
     genes: int
     inspections: list[Inspection]
+    left_out: list[str]
     sources: list[Source]
     obs: list[ObsColumn]
     graphs: dict[str, str]
@@ -124,17 +126,16 @@ def _load(store: Path, _modified: int) -> Plan:
 
 
 def make_plan(
-    store: Path, request: str, before: Manifest | None, inspections: Iterable[Inspection], shard_bytes: int
+    store: Path,
+    request: str,
+    before: Manifest | None,
+    good: list[Inspection],
+    left_out: list[str],
+    obs: Sequence[ObsColumn],
+    shard_bytes: int,
 ) -> Plan:
-    """Unite what the sources hold with what the store holds, cut the work into shards and write it all down.
-
-    Inspections are taken one by one; the metadata's categories of no more than one are held beside their union.
-    """
+    """Unite what the sources hold with what the store holds, cut the work into shards and write it all down."""
     folder = store / PLAN
-    good, obs = [], list(before.obs) if before else []
-    for found in inspections:
-        obs = unite([obs, found.obs], settle=False)
-        good.append(replace(found, obs=[]))
     genes = GeneTable.read(store / before.genes_file) if before else GeneTable()
     first = len(before.sources) if before else 0
     names = name_sources([found.path for found in good], [s.name for s in before.sources] if before else [])
@@ -152,8 +153,9 @@ def make_plan(
         first=first,
         genes=len(genes),
         inspections=good,
+        left_out=left_out,
         sources=sources,
-        obs=unite([obs]),
+        obs=list(obs),
         graphs={name: widest_weights(found.graphs.get(name, "") for found in good) for name in options.neighbours},
         names=list(islice(before.new_shards() if before else new_shards(), len(shards))),
         shards=shards,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from megacell.store.durable import TEMPORARY
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from megacell.store.plan import Plan
 
 Item = TypeVar("Item")
@@ -117,12 +119,15 @@ def watching(bar: Progress, plan: "Plan") -> Iterator[None]:
 
 def _written(plan: "Plan") -> int:
     cells = 0
+    folder = plan.store / "shards"
     for name in plan.names:
-        for folder in (name, name + TEMPORARY):
-            try:
-                size = (plan.store / "shards" / folder / "panels.npy").stat().st_size
-            except OSError:
-                continue
-            cells += max(0, size - _HEADER) // _CELL
-            break
+        sizes = [_size(each) for each in (folder / name, *folder.glob(f"{name}-*{TEMPORARY}"))]
+        cells += max(0, max(sizes) - _HEADER) // _CELL
     return cells
+
+
+def _size(shard: "Path") -> int:
+    try:
+        return (shard / "panels.npy").stat().st_size
+    except OSError:
+        return 0

@@ -10,8 +10,8 @@ from megacell.store.errors import DataError
 from megacell.store.graph_joining import join_graphs
 from megacell.store.inspection import check_unchanged
 from megacell.store.manifest import FileRecord, GraphRecord, Manifest, ShardRecord, Source, generation_name
+from megacell.store.outcomes import Outcome, amendments, outcome_of
 from megacell.store.plan import GENES, PANELS, Plan
-from megacell.store.tasks import Outcome, amendments, outcome_of
 
 
 def publish(store: Path, before: Manifest | None, plan: Plan) -> Manifest:
@@ -22,13 +22,13 @@ def publish(store: Path, before: Manifest | None, plan: Plan) -> Manifest:
     DataError
         A shard that is not made, no cell in any, or a file that changed meanwhile.
     """
-    outcomes = [outcome_of(plan, number) for number in range(len(plan.shards))]
+    amended = amendments(plan)
+    outcomes = [outcome_of(plan, number, amended) for number in range(len(plan.shards))]
     made = [(outcome, outcome.record) for outcome in outcomes if outcome is not None and outcome.record is not None]
     if len(made) < len(outcomes):
         raise DataError(f"{store}: {len(outcomes) - len(made)} shards are not made; convert again")
-    left_out = {each.source for each in amendments(plan) if each.left_out}
-    for number, found in enumerate(plan.inspections):
-        if plan.first + number not in left_out:
+    for number, found in enumerate(plan.inspections, plan.first):
+        if number not in amended or not amended[number].left_out:
             check_unchanged(found)
     shards = [record for _, record in made if record.cells]
     if not shards:
@@ -86,7 +86,7 @@ def _sources(plan: Plan, made: list[Outcome], found: dict[int, list[str]]) -> li
     for outcome in made:
         for number, n in outcome.cells.items():
             cells[number] = cells.get(number, 0) + n
-    amended = {each.source: each for each in amendments(plan)}
+    amended = amendments(plan)
     sources = []
     for number, source in enumerate(plan.sources, plan.first):
         kept = cells.get(number, 0)

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """One shard's arrays: written narrow, block by block, into a temporary directory; read mapped."""
 
+import errno
 import io
 import math
+import secrets
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacell.store.canonical import cell_hashes, narrow
-from megacell.store.durable import TEMPORARY, flush_file, move_into_place
+from megacell.store.durable import TEMPORARY, flush_file, hash_file, move_into_place
 from megacell.store.errors import DataError
 from megacell.store.gather import FIELDS, KINDS
-from megacell.store.manifest import FileRecord, ShardRecord
+from megacell.store.manifest import FileRecord, ObsColumn, ShardRecord
+from megacell.store.obs_writer import ObsWriter
 
 FOLDER = "shards"
 OBS = "obs.parquet"
@@ -68,13 +72,24 @@ class ShardWriter:
         The folder's name under ``shards/``.
     gene_hashes : uint64 [genes]
         XXH3-64 of each gene id of the union table.
+    obs : sequence of ObsColumn
+        The store's schema of the cells' metadata.
     fractional : bool
         True if counts need not be whole: they are kept as float32.
     """
 
-    def __init__(self, store: Path, name: str, gene_hashes: np.ndarray[Any, Any], *, fractional: bool) -> None:
+    def __init__(
+        self,
+        store: Path,
+        name: str,
+        gene_hashes: np.ndarray[Any, Any],
+        obs: Sequence[ObsColumn],
+        *,
+        fractional: bool,
+    ) -> None:
         self.place = store / FOLDER / name
-        self.folder = self.place.with_name(name + TEMPORARY)
+        # a name of its own: a process that outlives its killed conversion may still be writing the same shard
+        self.folder = self.place.with_name(f"{name}-{secrets.token_hex(4)}{TEMPORARY}")
         self.folder.mkdir(parents=True)
         self.name, self.fractional, self._gene_hashes = name, fractional, gene_hashes
         dtypes = {
@@ -88,6 +103,7 @@ class ShardWriter:
             dtypes |= {"overflow_positions": "int64", "overflow_values": "uint32"}
         self._arrays = {key: ArrayWriter(self.folder / f"{key}.npy", dtype) for key, dtype in dtypes.items()}
         self._arrays["indptr"].append(np.zeros(1, np.int64))
+        self._obs = ObsWriter(self.folder / OBS, obs)
         self._values, self._largest = 0, 0
 
     def add(
@@ -115,24 +131,37 @@ class ShardWriter:
         self._values += int(indptr[-1])
         return hashes
 
+    def add_obs(self, obs: pd.DataFrame) -> None:
+        """Append the metadata of the next rows: a tidy frame (`obs.tidy`)."""
+        self._obs.add(obs)
+
     @property
     def cells(self) -> int:
         """Rows added so far."""
         return self._arrays["panels"].length
 
-    def finish(self, obs: pa.Table) -> ShardRecord:
-        """Write the cells' metadata, flush everything and rename the folder to its place."""
+    def finish(self) -> ShardRecord:
+        """Flush everything and rename the folder to its place."""
         files = {f"{key}.npy": array.close() for key, array in self._arrays.items()}
         if not self.fractional and self._arrays["overflow_values"].length > WIDEN_ABOVE * self._values:
             files["counts.npy"] = self._widen()
             for key in ("overflow_positions.npy", "overflow_values.npy"):
                 del files[key]
                 (self.folder / key).unlink()
-        pq.write_table(obs, self.folder / OBS, compression="zstd", use_dictionary=True)
-        flush_file(self.folder / OBS)
-        files[OBS] = FileRecord.of(self.folder / OBS)
-        move_into_place(self.folder, self.place)
+        files[OBS] = self._obs.close()
+        self._move(files)
         return ShardRecord(self.name, self.cells, self._values, dict(sorted(files.items())))
+
+    def _move(self, files: dict[str, FileRecord]) -> None:
+        try:
+            move_into_place(self.folder, self.place)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # A process that outlived its killed conversion was faster: what it made of the same plan is the same.
+            if {path.name: hash_file(path) for path in self.place.iterdir()} != {n: f.xxh3 for n, f in files.items()}:
+                raise DataError(f"{self.place}: another process wrote it meanwhile; convert again") from None
+            shutil.rmtree(self.folder)
 
     def _widen(self) -> FileRecord:
         """Write the counts again as uint16 or uint32, step by step."""
@@ -152,9 +181,9 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove what was written."""
-        for array in self._arrays.values():
+        for abandon in (self._obs.abandon, *(array.abandon for array in self._arrays.values())):
             with suppress(OSError):  # closing writes what is buffered, and the disk may be full
-                array.abandon()
+                abandon()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

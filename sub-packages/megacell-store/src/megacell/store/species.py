@@ -28,7 +28,7 @@ _OF_NAME = {
     "ncbitaxon:9544": "macaque",
 }
 _GENOME = r"^(GRCh3\d|hg19|hg38|GRCm3\d|mm9|mm10|mm39)_+"  # Cell Ranger's prefix where genomes are mixed
-_COLUMNS = ("organism", "organism_ontology_term_id", "organism_name", "species")
+SPECIES_COLUMNS = ("organism", "organism_ontology_term_id", "organism_name", "species")
 _LEAST = 0.01  # share of ids from which a second species is more than a stray feature
 
 
@@ -44,7 +44,7 @@ def settle_species(
     symbols : sequence of str [genes]
         "" where unknown.
     stated : iterable of str
-        What the file itself says, as `stated_species` finds it.
+        What the file itself says, as `species_of` finds it.
     wanted : str, optional
         The store's species, as the user or an earlier conversion named it; human unless given.
     where : str
@@ -82,14 +82,10 @@ def _species_of_ids(gene_ids: Texts) -> set[str]:
     return from_prefix | {"human" if g.startswith(("GRCh", "hg")) else "mouse" for g in genomes}
 
 
-def stated_species(obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, str]) -> set[str]:
-    """Return what organism columns of a file name; ids of the ontology and names alike."""
-    found = {text for key, text in uns.items() if key in _COLUMNS}
-    for frame in (obs, var):
-        for column in _COLUMNS:
-            if column in frame:
-                found |= set(map(str, frame[column].dropna().unique()))
-    return found
+def species_of(frame: pd.DataFrame) -> set[str]:
+    """Return what organism columns of obs or var name; ids of the ontology and names alike."""
+    columns = [column for column in SPECIES_COLUMNS if column in frame]
+    return {str(name) for column in columns for name in frame[column].dropna().unique()}
 
 
 def _species_of_symbols(symbols: Texts) -> set[str]:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megacell.store.durable import TEMPORARY, flush_directory
-from megacell.store.errors import DataError, UsageError
+from megacell.store.errors import DataError, KilledError, UsageError
 from megacell.store.graphs import FOLDER as GRAPHS
 from megacell.store.lock import NAME as LOCK
 from megacell.store.lock import writing
 from megacell.store.manifest import NAME, Manifest, generation_name
+from megacell.store.plan import load_plan
 from megacell.store.shard import FOLDER
 
 _TABLES = ("genes-", "panels-", "manifest-")  # begin the names of a generation's own files
@@ -63,6 +64,10 @@ def sweeping(store: Path) -> Iterator[None]:
         where = error.filename or store
         mend = "see to room and rights, then run it again"
         raise DataError(f"{where}: {error.strerror or error}; {mend}") from error
+    except KilledError:
+        if load_plan(store) is None and not any(store.glob(f"compaction-*{TEMPORARY}")):
+            sweep(store)  # there is nothing that the next run could go on with
+        raise
     except Exception:
         sweep(store)
         raise

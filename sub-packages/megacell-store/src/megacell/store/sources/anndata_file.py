@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AnnData's own files: .h5ad of every version from 0.7 on, the RNA of an .h5mu, and Zarr stores (v2 and v3)."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pandas as pd
 
 from megacell.store.errors import DataError
 from megacell.store.sources.container import Container, is_array
+from megacell.store.sources.frame import Frame
 from megacell.store.sources.h5_matrix import Matrix, first_line, open_matrix
 
 
@@ -23,7 +23,15 @@ class AnnDataFile(Container):
             if name not in group:
                 raise DataError(f"{path}: has no {name}, so it is no .{form} file; give one that AnnData wrote")
         uns = _texts(group["uns"]) if "uns" in group else {}
-        super().__init__(path, read_frame(group, "obs", path), read_frame(group, "var", path), uns)
+        self._obs = Frame(group, "obs", path)
+        super().__init__(path, len(self._obs), Frame(group, "var", path).read(), uns)
+
+    @property
+    def obs_columns(self) -> list[str]:
+        return self._obs.columns
+
+    def obs(self, start: int, stop: int, names: Collection[str] | None = None) -> pd.DataFrame:
+        return self._obs.read(start, stop, names)
 
     def matrices(self) -> list[str]:
         group = self.group
@@ -39,8 +47,8 @@ class AnnDataFile(Container):
     def matrix(self, name: str) -> tuple[Matrix, pd.DataFrame]:
         own = self.var
         if name == "raw" and "var" in self.group["raw"]:
-            own = read_frame(self.group, "raw/var", self.path)
-        return open_matrix(self._node(name), f"{self.path}: {name}", len(self.obs), len(own)), own
+            own = Frame(self.group, "raw/var", self.path).read()
+        return open_matrix(self._node(name), f"{self.path}: {name}", self.n_cells, len(own)), own
 
     def graph_names(self) -> list[str]:
         return [str(name) for name in self.group["obsp"]] if "obsp" in self.group else []
@@ -97,20 +105,3 @@ def _texts(uns: Any) -> dict[str, str]:
             value = node[()]
             texts[str(key)] = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
     return texts
-
-
-def read_frame(group: Any, name: str, path: Path) -> pd.DataFrame:
-    """Read obs, var or raw's var through AnnData's own reader."""
-    from anndata.io import read_elem  # slow to import, and `megacell --help` comes by here
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old encodings, which are read all the same
-            frame = read_elem(group[name])
-    except Exception as error:  # whatever AnnData's reader says of a damaged element
-        raise DataError(
-            f"{path}: {name} cannot be read ({first_line(error)}); the file is damaged, fetch it again"
-        ) from error
-    if not isinstance(frame, pd.DataFrame):
-        raise DataError(f"{path}: {name} is no table; write the file again with anndata")
-    return frame

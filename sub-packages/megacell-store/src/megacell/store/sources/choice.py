@@ -11,6 +11,7 @@ from megacell.store.canonical import canonical_rows
 from megacell.store.counts import UMI, Verdict, judge
 from megacell.store.errors import DataError, UsageError
 from megacell.store.genes import Features, read_features
+from megacell.store.guard import watched
 from megacell.store.recover import stored_precision
 from megacell.store.sources.container import Container
 from megacell.store.sources.h5_matrix import Matrix, Sum
@@ -111,7 +112,8 @@ def _parts_of(name: str) -> list[str]:
 
 def _open(file: Container, name: str, ids: Ids) -> Choice:
     place = f"{file.path}: {name}"
-    opened = [file.matrix(part) for part in _parts_of(name)]
+    with watched():
+        opened = [file.matrix(part) for part in _parts_of(name)]
     matrix, own = opened[0]
     if len(opened) > 1:
         matrix = Sum([part for part, _ in opened], place)

@@ -2,7 +2,7 @@
 """What every input format comes down to: cells' metadata, features, and matrices by name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import pandas as pd
 
 from megacell.store.errors import DataError
 from megacell.store.sources.h5_matrix import Matrix
+
+ROW_NAMES = "index"  # by which the cells' own names are asked for among the columns of obs
 
 
 class Container(ABC):
@@ -20,8 +22,10 @@ class Container(ABC):
     path : Path
     format : str
         As the manifest names it.
-    obs, var : DataFrame
-        Of all cells, in the file's order, and of X's columns.
+    n_cells : int
+        All cells, in the file's order.
+    var : DataFrame
+        Of X's columns.
     uns : dict of str
         The file's own texts about itself.
     notes : list of str
@@ -30,11 +34,23 @@ class Container(ABC):
 
     format = ""
 
-    def __init__(self, path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, str] | None = None) -> None:
-        if not len(obs) or not len(var):
-            raise DataError(f"{path}: holds {len(obs)} cells and {len(var)} genes; leave it out")
-        self.path, self.obs, self.var, self.uns = path, obs, var, uns or {}
+    def __init__(self, path: Path, n_cells: int, var: pd.DataFrame, uns: dict[str, str] | None = None) -> None:
+        if not n_cells or not len(var):
+            raise DataError(f"{path}: holds {n_cells} cells and {len(var)} genes; leave it out")
+        self.path, self.n_cells, self.var, self.uns = path, n_cells, var, uns or {}
         self.notes: list[str] = getattr(self, "notes", [])
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of the cells' metadata."""
+        return []
+
+    @abstractmethod
+    def obs(self, start: int, stop: int, names: Collection[str] | None = None) -> pd.DataFrame:
+        """Return the metadata of some cells.
+
+        With `names`, only these columns, and the cells' names only where ROW_NAMES is among them.
+        """
 
     def matrices(self) -> list[str]:
         """Return the matrices' names, the likeliest to hold counts first."""

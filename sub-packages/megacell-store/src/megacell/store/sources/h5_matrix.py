@@ -5,24 +5,29 @@ Whatever the layout, a block is ``(first row, indptr int64 [rows + 1], columns i
 [nnz])``, the values in the file's order. Anonymous memory is bounded by a block, never by the matrix.
 """
 
+import math
 import os
 import tempfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from megacell.store.compiled import compiled
 from megacell.store.durable import TEMPORARY
 from megacell.store.errors import DataError
+from megacell.store.guard import watched
 
 Array = np.ndarray[Any, Any]
 Block = tuple[int, Array, Array, Array]
-# what h5py and NumPy raise where the bytes of a file lead them astray
-DAMAGE = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError)
+# what h5py, NumPy and the readers of compressed files raise where the bytes of a file lead them astray
+_PLAIN = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
+DAMAGE = (*_PLAIN, ArithmeticError, MemoryError, AssertionError, zlib.error)
 ROWS, VALUES = 1 << 14, 1 << 19  # a block's rows and values at most (one row is never cut)
 
 
@@ -51,7 +56,8 @@ class Matrix(ABC):
     def reading(self) -> Iterator[None]:
         """Turn what HDF5 says of a damaged file into an error that names file and place."""
         try:
-            yield
+            with watched():
+                yield
         except DAMAGE as error:
             line = first_line(error)
             raise DataError(f"{self.place}: cannot be read ({line}); the file is damaged, fetch it again") from error
@@ -60,6 +66,26 @@ class Matrix(ABC):
 def first_line(error: BaseException) -> str:
     """Return an error's message without what follows its first line."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def check_complete(array: Any) -> None:
+    """Raise ValueError for an array of HDF5 of which a part was never written: it would read as zeros, without a word.
+
+    So would one whose values lie in other files, which nobody sees change; none of those is taken.
+    """
+    if not isinstance(array, h5py.Dataset) or not array.size:
+        return
+    if array.is_virtual or array.external:
+        raise ValueError(f"the values of {array.name} lie in other files")
+    if array.chunks:
+        wanted = math.prod(-(-n // of_chunk) for n, of_chunk in zip(array.shape, array.chunks, strict=True))
+        found = array.id.get_num_chunks()
+    else:
+        wanted, found = array.size * array.id.get_type().get_size(), array.id.get_storage_size()
+    if found < wanted:
+        raise ValueError(
+            f"only {found:,} of {wanted:,} {'chunks' if array.chunks else 'bytes'} of {array.name} are there"
+        )
 
 
 def open_matrix(node: Any, place: str, n_rows: int | None = None, n_columns: int | None = None) -> Matrix:
@@ -95,6 +121,8 @@ class Dense(Matrix):
         super().__init__(node, place)
         if len(node.shape) != 2 or node.dtype.kind not in "fiub":
             raise DataError(f"{place}: a {node.dtype} array of {len(node.shape)} dimensions is no matrix of counts")
+        with self.reading():
+            check_complete(node)
         self.shape = (int(node.shape[0]), int(node.shape[1]))
 
     def blocks(self, start: int, stop: int, rows: int = ROWS) -> Iterator[Block]:
@@ -190,6 +218,9 @@ def _beside(blocks: Sequence[Block]) -> tuple[Array, Array, Array]:
 class _Sparse(Matrix, ABC):
     """What CSR and CSC share: three datasets, and the checks without which a compiled loop would read astray."""
 
+    axis = 0  # of the shape, that is compressed
+    of_a_larger = False  # True if indptr leads to a part of the values only
+
     def __init__(self, node: Any, place: str, shape: tuple[int, int] | None = None) -> None:
         super().__init__(node, place)
         with self.reading():
@@ -201,9 +232,21 @@ class _Sparse(Matrix, ABC):
                 raise ValueError(f"values of type {self.data.dtype}")
             if self.indices.shape != self.data.shape:
                 raise ValueError(f"{self.indices.shape} indices for {self.data.shape} values")
+            self._check_ends()
+            for array in (self.indices, self.data):
+                check_complete(array)
             for array in (self.indices, self.data):  # a chunk that Zarr does not find reads as zeros, without a word
                 if getattr(array, "nchunks_initialized", 0) < getattr(array, "nchunks", 0):
                     raise ValueError(f"{array.nchunks - array.nchunks_initialized} chunks of {array.name} are missing")
+
+    def _check_ends(self) -> None:
+        """Raise ValueError unless indptr has an entry more than rows (or columns) and leads to all values."""
+        n, values = self.shape[self.axis], self.data.shape[0]
+        if self.indptr.shape != (n + 1,):
+            raise ValueError(f"indptr of {self.indptr.shape} entries for a matrix of {self.shape}")
+        first, last = (int(self.indptr[at : at + 1][0]) for at in (0, n))
+        if not self.of_a_larger and (first, last) != (0, values):
+            raise ValueError(f"indptr leads from {first} to {last}, there are {values} values")
 
     def stored(self) -> int:
         return int(self.data.shape[0])
@@ -212,8 +255,6 @@ class _Sparse(Matrix, ABC):
         """Return indptr[start:stop + 1] as int64, checked."""
         with self.reading():
             pointers: Array = self.indptr[start : stop + 1].astype(np.int64)
-            if len(pointers) != stop - start + 1:
-                raise ValueError(f"indptr of {self.indptr.shape[0]} entries for a matrix of {self.shape}")
             if pointers[0] < 0 or (np.diff(pointers) < 0).any() or pointers[-1] > self.data.shape[0]:
                 raise ValueError("indptr does not fit the values")
         return pointers
@@ -247,6 +288,8 @@ class Csr(_Sparse):
 
 class Csc(_Sparse):
     """Compressed columns: rows are counted, then scattered into temporary memory-mapped files."""
+
+    axis = 1
 
     def blocks(self, start: int, stop: int, rows: int = ROWS) -> Iterator[Block]:
         lengths = np.zeros(stop - start, np.int64)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loom files: genes in rows, cells in columns, dense; as Geneformer's users have them."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pandas as pd
 
 from megacell.store.errors import DataError
 from megacell.store.sources.anndata_file import open_h5
-from megacell.store.sources.container import Container
-from megacell.store.sources.h5_matrix import Columns, Matrix
+from megacell.store.sources.container import ROW_NAMES, Container
+from megacell.store.sources.h5_matrix import Columns, Matrix, check_complete
 
 _CELL_NAMES = ("CellID", "cell_id", "obs_names", "barcode", "barcodes")
 _GENE_NAMES = ("ensembl_id", "Accession", "var_names", "Gene", "gene", "Genes")
@@ -28,8 +29,16 @@ class Loom(Container):
             if name not in self.file:
                 raise DataError(f"{path}: has no {name}, so it is no .loom file; fetch it again")
         genes, cells = self.file["matrix"].shape
-        var = _frame(self.file["row_attrs"], genes, _GENE_NAMES)
-        super().__init__(path, _frame(self.file["col_attrs"], cells, _CELL_NAMES), var)
+        self._cells = _attributes(self.file["col_attrs"], cells)
+        genes_of = _attributes(self.file["row_attrs"], genes)
+        super().__init__(path, cells, _frame(genes_of, slice(0, genes), _GENE_NAMES))
+
+    @property
+    def obs_columns(self) -> list[str]:
+        return list(self._cells)
+
+    def obs(self, start: int, stop: int, names: Collection[str] | None = None) -> pd.DataFrame:
+        return _frame(self._cells, slice(start, min(stop, self.n_cells)), _CELL_NAMES, names)
 
     def matrices(self) -> list[str]:
         layers = [f"layer:{name}" for name in self.file["layers"] if name] if "layers" in self.file else []
@@ -41,7 +50,7 @@ class Loom(Container):
     def matrix(self, name: str) -> tuple[Matrix, pd.DataFrame]:
         node = self.file["matrix"] if name == "X" else self.file["layers"][name.removeprefix("layer:")]
         matrix = Columns(node, f"{self.path}: {name}")
-        if matrix.shape != (len(self.obs), len(self.var)):
+        if matrix.shape != (self.n_cells, len(self.var)):
             raise DataError(f"{matrix.place}: is of another shape than the attributes; the file is damaged")
         return matrix, self.var
 
@@ -49,17 +58,31 @@ class Loom(Container):
         self.file.close()
 
 
-def _frame(group: h5py.Group, length: int, names: tuple[str, ...]) -> pd.DataFrame:
-    """Return the one-dimensional attributes as a table; the first of `names` that is there is the index too."""
-    columns: dict[str, Any] = {}
-    for key, node in group.items():
-        if isinstance(node, h5py.Dataset) and node.shape == (length,):
-            values = node[()]
-            if values.dtype.kind in "OS":
-                texts = [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in values]
-                values = np.array(texts, object)
-            columns[str(key)] = values
-    index = next((pd.Index(columns[name].astype(str), dtype=object) for name in names if name in columns), None)
-    frame = pd.DataFrame(columns, index=range(length))
-    frame.index = pd.Index([str(i) for i in range(length)], dtype=object) if index is None else index
+def _attributes(group: h5py.Group, length: int) -> dict[str, h5py.Dataset]:
+    """Return the attributes that have one entry a gene or cell."""
+    found = {str(k): node for k, node in group.items() if isinstance(node, h5py.Dataset) and node.shape == (length,)}
+    for node in found.values():
+        check_complete(node)
+    return found
+
+
+def _frame(
+    attributes: dict[str, h5py.Dataset], rows: slice, index_names: tuple[str, ...], names: Collection[str] | None = None
+) -> pd.DataFrame:
+    """Return rows of attributes as a table; the first of `index_names` that is there is the index too."""
+    frame = pd.DataFrame(index=pd.RangeIndex(rows.start, rows.stop))
+    for name, node in attributes.items():
+        if names is None or name in names:
+            frame[name] = _texts(node, rows)
+    if names is None or ROW_NAMES in names:
+        found = next((attributes[name] for name in index_names if name in attributes), None)
+        own = frame.index if found is None else _texts(found, rows)
+        frame.index = pd.Index(np.asarray(own).astype(str), dtype=object)
     return frame
+
+
+def _texts(node: h5py.Dataset, rows: slice) -> Any:
+    values = node[rows]
+    if values.dtype.kind not in "OS":
+        return values
+    return np.array([v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in values], object)

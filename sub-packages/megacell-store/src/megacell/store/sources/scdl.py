@@ -6,7 +6,7 @@ An archive's rows come in blocks, each with genes of its own; a block is one sou
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,24 @@ class ScdlBlock(Container):
             )
         self._start, self._stop = int(ends[block - 1]) if block else 0, int(ends[block])
         var = _table(files[block])
-        super().__init__(path, _obs(path, self._start, self._stop, rows, self.notes), var)
+        self._obs = _obs(path, self._start, self._stop, rows, self.notes)
+        super().__init__(path, len(self._obs), var)
         if rows == len(var):
             self.notes.append("as many cells as genes: bionemo-scdl transposes such a matrix if it was CSC; compare it")
+
+    @property
+    def obs_columns(self) -> list[str]:
+        return list(map(str, self._obs.columns))
+
+    def obs(self, start: int, stop: int, names: Collection[str] | None = None) -> pd.DataFrame:
+        rows = self._obs.iloc[start:stop]
+        return rows if names is None else rows[[name for name in rows if name in names]]
 
     def matrix(self, name: str) -> tuple[Matrix, pd.DataFrame]:
         place = f"{self.path}: rows {self._start} to {self._stop}"
         indptr = self._arrays["ROWPTR"][self._start : self._stop + 1]
         node = {"indptr": indptr, "indices": self._arrays["COLPTR"], "data": self._arrays["DATA"]}
-        return _Rows(node, place, (len(self.obs), len(self.var))), self.var
+        return _Rows(node, place, (self.n_cells, len(self.var))), self.var
 
     def graphs(self, names: Sequence[str]) -> dict[str, Matrix]:
         if not names or not any((self.path / name).exists() for name in NEIGHBOURS):
@@ -75,10 +84,10 @@ class ScdlBlock(Container):
         pointers = indptr[self._start : self._stop + 1]
         if without := self._stop - self._start + 1 - len(pointers):
             pointers = np.append(pointers, np.full(without, indptr[-1]))
-            self.notes.append(f"{min(without, len(self.obs)):,} cells lie behind the archive's graph: no neighbours")
+            self.notes.append(f"{min(without, self.n_cells):,} cells lie behind the archive's graph: no neighbours")
         node = {"indptr": pointers, "indices": indices, "data": data}
         place = f"{self.path}: neighbours of rows {self._start} to {self._stop}"
-        return {names[0]: _Edges(node, place, self._start, len(self.obs))}
+        return {names[0]: _Edges(node, place, self._start, self.n_cells)}
 
     def close(self) -> None:
         """Nothing is open but maps."""
@@ -86,6 +95,8 @@ class ScdlBlock(Container):
 
 class _Rows(Csr):
     """Some rows of the archive's arrays."""
+
+    of_a_larger = True
 
     def stored(self) -> int:
         return int(self.indptr[-1]) - int(self.indptr[0])

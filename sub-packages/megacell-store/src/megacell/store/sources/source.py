@@ -2,7 +2,7 @@
 """A source of cells, of whatever format: its counts, its genes and its cells, block by block."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -15,12 +15,13 @@ from megacell.store.canonical import BAD_COLUMN, FRACTIONAL, NEGATIVE, NOT_FINIT
 from megacell.store.counts import LENGTH_NORMALISED, UMI
 from megacell.store.errors import DataError, UsageError
 from megacell.store.genes import read_id_map
+from megacell.store.guard import watched
 from megacell.store.recover import recover_rows, tolerances
 from megacell.store.sources.choice import Choice, Settled, choose_counts, reopen_counts, sample
 from megacell.store.sources.container import Container
 from megacell.store.sources.h5_matrix import DAMAGE, ROWS, Block, Matrix, first_line
 from megacell.store.sources.open import open_container
-from megacell.store.species import stated_species
+from megacell.store.species import SPECIES_COLUMNS, species_of
 
 Array = np.ndarray[Any, Any]
 
@@ -47,20 +48,19 @@ class CellSource:
         Where the counts were found: "X", "raw", "layer:NAME", "recover:…".
     settled : Settled
         By which the file can be opened again without another look for counts.
-    stated_species : set of str
-        What organism columns say.
+    obs_columns : list of str
+        Names of the columns of the cells' metadata.
     """
 
     def __init__(self, file: Container, choice: Choice) -> None:
-        self.path, self._file, self._obs, self._choice = file.path, file, file.obs, choice
-        self.format, self.n_cells = file.format, len(file.obs)
+        self.path, self._file, self._choice = file.path, file, choice
+        self.format, self.n_cells, self.obs_columns = file.format, file.n_cells, file.obs_columns
         features = choice.features
         self.gene_ids, self.symbols, self.biotypes = features.gene_ids, features.symbols, features.biotypes
         self.ids = features.ids
         settled = self.settled = choice.settled
         self.kind = settled.kind
         self.matrix = settled.name if settled.precision is None else f"recover:{settled.name}"
-        self.stated_species = stated_species(file.obs, file.var, file.uns)
 
     def __enter__(self) -> Self:
         return self
@@ -77,9 +77,17 @@ class CellSource:
         """What was dropped, summed or found ambiguous so far."""
         return [*self._file.notes, *self._choice.features.notes]
 
-    def obs(self) -> pd.DataFrame:
-        """Return the cells' metadata, index kept, in the file's order."""
-        return self._obs
+    def obs(self, start: int = 0, stop: int | None = None, names: Collection[str] | None = None) -> pd.DataFrame:
+        """Return the metadata of cells `start` up to `stop`, index kept, in the file's order.
+
+        With `names`, only these columns, and the cells' names only where "index" is among them.
+        """
+        return self._file.obs(start, self.n_cells if stop is None else stop, names)
+
+    def stated_species(self) -> set[str]:
+        """Return what the file says of its cells' species, beside `species_of` its obs."""
+        stated = {text for key, text in self._file.uns.items() if key in SPECIES_COLUMNS}
+        return stated | species_of(self._file.var)
 
     @property
     def stored_values(self) -> int:
@@ -259,7 +267,8 @@ def open_source(
     own_ids = read_id_map(id_map) if id_map else None
     file = None
     try:
-        file = open_container(path, block)
+        with watched():
+            file = open_container(path, block)
         if settled:
             choice = reopen_counts(file, settled, gene_ids, own_ids)
         else:

@@ -1,21 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Cell Ranger writes: its .h5 files (versions 2 and 3) and its folders of matrix.mtx, features and barcodes."""
 
-import csv
 import gzip
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from megacell.store.durable import TEMPORARY
 from megacell.store.errors import DataError
 from megacell.store.sources.anndata_file import open_h5
 from megacell.store.sources.container import Container
-from megacell.store.sources.h5_matrix import DAMAGE, VALUES, Block, Csr, Matrix, cut_blocks, first_line, scatter, spool
+from megacell.store.sources.h5_matrix import (
+    DAMAGE,
+    VALUES,
+    Block,
+    Csr,
+    Matrix,
+    check_complete,
+    cut_blocks,
+    first_line,
+    scatter,
+    spool,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -39,21 +50,27 @@ class TenxH5(Container):
         else:
             var, names = {"gene_ids": self.group["genes"]}, self.group["gene_names"]
         frame = pd.DataFrame({key: _decode(node) for key, node in var.items()}, index=_decode(names))
-        super().__init__(path, pd.DataFrame(index=_decode(self.group["barcodes"])), frame)
+        self._barcodes = self.group["barcodes"]
+        super().__init__(path, len(self._barcodes), frame)
+
+    def obs(self, start: int, stop: int, names: Collection[str] | None = None) -> pd.DataFrame:
+        rows = slice(start, min(stop, self.n_cells))
+        return pd.DataFrame(index=pd.Index(_decode(self._barcodes, rows), dtype=object))
 
     def matrix(self, name: str) -> tuple[Matrix, pd.DataFrame]:
         place = f"{self.path}: {name}"
         shape = self.group["shape"][:]
-        if tuple(shape) != (len(self.var), len(self.obs)):
+        if tuple(shape) != (len(self.var), self.n_cells):
             raise DataError(f"{place}: shape {tuple(shape)} does not fit; the file is damaged, fetch it again")
-        return Csr(self.group, place, (len(self.obs), len(self.var))), self.var
+        return Csr(self.group, place, (self.n_cells, len(self.var))), self.var
 
     def close(self) -> None:
         self.file.close()
 
 
-def _decode(node: Any) -> Array:
-    return np.array([v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in node[()]], object)
+def _decode(node: Any, rows: slice = slice(None)) -> Array:
+    check_complete(node)
+    return np.array([v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in node[rows]], object)
 
 
 class TenxFolder(Container):
@@ -63,20 +80,24 @@ class TenxFolder(Container):
 
     def __init__(self, path: Path) -> None:
         self.mtx = find_part(path, "matrix.mtx")
-        features = _lines(find_part(path, "features.tsv", "genes.tsv"))
-        barcodes = _lines(find_part(path, "barcodes.tsv"))
+        features = list(_lines(find_part(path, "features.tsv", "genes.tsv")))
+        # of raw droplets there are millions: kept as bytes one after the other
+        self._barcodes = pa.array((line[0] for line in _lines(find_part(path, "barcodes.tsv"))), pa.large_string())
         if not features or min(map(len, features)) < 2:
             raise DataError(f"{path}: the table of features needs ids and names, separated by tabs")
         var = pd.DataFrame({"gene_ids": [line[0] for line in features]}, index=[line[1] for line in features])
         if min(map(len, features)) > 2:
             var["feature_types"] = [line[2] for line in features]
-        super().__init__(path, pd.DataFrame(index=[line[0] for line in barcodes]), var)
+        super().__init__(path, len(self._barcodes), var)
+
+    def obs(self, start: int, stop: int, names: Collection[str] | None = None) -> pd.DataFrame:
+        return pd.DataFrame(index=pd.Index(self._barcodes[start:stop].to_pylist(), dtype=object))
 
     def close(self) -> None:
         """Nothing is open."""
 
     def matrix(self, name: str) -> tuple[Matrix, pd.DataFrame]:
-        return MatrixMarket(self.mtx, f"{self.path}: {self.mtx.name}", (len(self.obs), len(self.var))), self.var
+        return MatrixMarket(self.mtx, f"{self.path}: {self.mtx.name}", (self.n_cells, len(self.var))), self.var
 
 
 def find_part(folder: Path, *names: str) -> Path:
@@ -100,11 +121,12 @@ def _open(path: Path) -> IO[str]:
     return open(path, encoding="utf-8", newline="")
 
 
-def _lines(path: Path) -> list[list[str]]:
+def _lines(path: Path) -> Iterator[list[str]]:
+    """Yield the fields of each line that has some."""
     try:
         with _open(path) as file:
-            return [line for line in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if line]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            yield from (line.split("\t") for text in file if (line := text.rstrip("\r\n")))
+    except DAMAGE as error:
         raise DataError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
@@ -178,5 +200,5 @@ class MatrixMarket(Matrix):
                     if min(genes.min(), cells.min()) < 0 or genes.max() > last[0] or cells.max() > last[1]:
                         raise ValueError("a coordinate outside the matrix")
                     yield genes.astype(np.int32), cells.astype(np.int32), values.astype(np.float64)
-        except (*DAMAGE, EOFError) as error:
+        except DAMAGE as error:
             raise DataError(f"{self.place}: cannot be read ({first_line(error)}); fetch it again") from error
