@@ -2,6 +2,7 @@
 """Ways to damage a file of cells: its bytes, wherever they lie, and the structure of an AnnData file by h5py."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -98,7 +99,7 @@ def _in_rows(change: Callable[[np.ndarray], np.ndarray]) -> Structural:
 
     def spoil(_: h5py.File, group: Group, __: Random) -> None:
         indptr = group["indptr"][:]
-        order = np.concatenate([a + change(np.arange(b - a)) for a, b in zip(indptr, indptr[1:], strict=False)])
+        order = np.concatenate([a + change(np.arange(b - a)) for a, b in pairwise(indptr)])
         for name in ("indices", "data"):
             _put(group, name, group[name][:][order.astype(int)])
 

@@ -16,6 +16,7 @@ from megacell.store.errors import DataError, UsageError
 from megacell.store.executors import MEMORY, Died, executor, fitting_workers
 from megacell.store.graphs import check_names
 from megacell.store.inspection import (
+    SKIP_BAD,
     Inspection,
     hashes_of,
     inspect,
@@ -327,8 +328,7 @@ class _Job:
         cells = sum(each.cells for each in good)
         self.say(f"looked at {len(found)} file{'s' * (len(found) != 1)}: {cells:,} cells")
         if not cells:
-            mend = "--all-cells keeps those that are not primary, --where names them"
-            raise DataError(f"{found[0].path}: no cell left to convert; {mend}")
+            raise DataError(f"{good[0].path}: no cell left to convert; {good[0].mend_for_none}")
         left_out = [str(each.refused) for each in found if each.refused]
         return make_plan(self.store, request, before, good, left_out, schema.settled(), self.shard_bytes)
 
@@ -343,7 +343,8 @@ class _Job:
             if bad and not self.skip_bad:
                 if len(bad) == 1:
                     raise DataError(next(iter(bad.values())))
-                raise DataError(f"{len(bad)} of {len(self.samples)} files are bad: " + " | ".join(bad.values()))
+                reasons = " | ".join(bad.values())
+                raise DataError(f"{len(bad)} of {len(self.samples)} files are bad ({SKIP_BAD}): {reasons}")
             if len(bad) == len(plan.sources) - sum(bool(each.left_out) for each in amendments(plan).values()):
                 raise DataError(f"no good file is left: {' | '.join(bad.values())}")
             for source in {each.source for each in failed if each.fractional} - set(bad):

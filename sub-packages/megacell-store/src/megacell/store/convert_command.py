@@ -118,7 +118,7 @@ def run_convert(args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         print(table(_HEAD, [_found(inspection) for inspection in report.inspections]))
-        return int(any(inspection.refused for inspection in report.inspections))
+        return int(not report.cells or any(inspection.refused for inspection in report.inspections))
     return print_report(report)
 
 
@@ -151,7 +151,8 @@ _HEAD = ("file", "cells", "genes", "matrix", "counts", "ids", "species", "verdic
 def _found(inspection: "Inspection") -> tuple[str, ...]:
     """Return one line of the dry run's table."""
     i = inspection
-    verdict = f"refused: {i.refused}" if i.refused else "; ".join(["good", *i.notes])
+    outcome = "good" if i.cells else f"no cell would be kept: {i.mend_for_none}"
+    verdict = f"refused: {i.refused}" if i.refused else "; ".join([outcome, *i.notes])
     genes = f"{i.genes:,}" if i.genes else ""
     return i.path.name, f"{i.cells:,}" if i.rows else "", genes, i.matrix, i.kind, i.ids, i.species, verdict
 

@@ -158,7 +158,7 @@ def executor(workers: int, scheduler: str | None = None) -> Iterator[Executor]:
         yield _Here()
         return
     if forked:
-        _prepare()
+        prepare()
     pool = _Processes(workers, multiprocessing.get_context("fork" if forked else "spawn"))
     try:
         yield pool
@@ -168,7 +168,7 @@ def executor(workers: int, scheduler: str | None = None) -> Iterator[Executor]:
 
 
 @cache
-def _prepare() -> None:
+def prepare() -> None:
     """Import and compile here what a forked process needs, so that none does it again."""
     import anndata.io  # noqa: F401
 

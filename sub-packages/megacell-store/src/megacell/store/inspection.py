@@ -29,6 +29,7 @@ from megacell.store.species import settle_species, species_of
 
 Texts = np.ndarray[Any, Any]
 LEAST_MEDIAN = 200  # counts a cell; droplets without a cell in them have fewer
+SKIP_BAD = "--skip-bad leaves them out"
 _FEWEST_CELLS = 20  # whose median says something
 
 
@@ -68,6 +69,14 @@ class Inspection:
     def subset(self) -> bool:
         """True if it measured too few genes for medians."""
         return self.genes < FEWEST
+
+    @property
+    def mend_for_none(self) -> str:
+        """What would keep some cells of a source of which none is kept."""
+        options = self.sample.options
+        other = ["ask for others with --where"] if options.where is not None else []
+        marked = ["--all-cells keeps those marked as not primary or not passed"] if not options.all_cells else []
+        return ", ".join(other + marked)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads; for a source that was not refused."""
@@ -188,7 +197,7 @@ def refuse(inspections: Sequence[Inspection]) -> None:
         raise errors[0]
     if errors:
         kind = UsageError if all(isinstance(e, UsageError) for e in errors) else DataError
-        raise kind(f"{len(errors)} of {len(inspections)} files refused: " + " | ".join(map(str, errors)))
+        raise kind(f"{len(errors)} of {len(inspections)} files refused ({SKIP_BAD}): {' | '.join(map(str, errors))}")
 
 
 def hashes_of(store: Manifest | None) -> dict[str, str]:

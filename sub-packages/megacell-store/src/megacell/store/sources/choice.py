@@ -12,7 +12,7 @@ from megacell.store.counts import UMI, Verdict, judge
 from megacell.store.errors import DataError, UsageError
 from megacell.store.genes import Features, read_features
 from megacell.store.guard import watched
-from megacell.store.recover import stored_precision
+from megacell.store.recover import recover_rows, stored_precision, tolerances
 from megacell.store.sources.container import Container
 from megacell.store.sources.h5_matrix import Matrix, Sum
 
@@ -59,16 +59,14 @@ def choose_counts(file: Container, counts: str, gene_ids: str, id_map: Mapping[s
     if not names:
         raise DataError(f"{path}: has no matrix (X, raw or layers); give a file with counts")
     if counts == "recover":
-        full = max(names, key=lambda name: (file.columns(name), name == "raw"))
-        return _recoverable(_open(file, full, ids))
+        return _recoverable(_open(file, _fullest(file, names), ids))
     if counts != "auto":
         if not set(_parts_of(counts)) <= set(names):
             raise UsageError(f"{path}: has no {counts}; --counts can be auto, {', '.join(names)} or recover")
         found = _open(file, counts, ids)
         verdict = _judge(found)
         if not verdict.kind:
-            others = ", ".join(f"--counts {name}" for name in [*names, "recover"] if name != counts)
-            raise DataError(f"{found.matrix.place} {verdict.reason}; give the one that holds counts: {others}")
+            raise DataError(f"{found.matrix.place} {verdict.reason}; {_mend(file, names, ids, {counts})}")
         return _settle(found, verdict.kind)
     return _automatic(file, names, ids)
 
@@ -82,15 +80,38 @@ def _automatic(file: Container, names: list[str], ids: Ids) -> Choice:
     good = [name for name in known if verdicts[name].is_counts] or [n for n in known if verdicts[n].kind]
     if not good:
         reasons = "; ".join(f"{name} {verdicts[name].reason}" for name in known) or "no matrix looked at"
-        options = ", ".join(f"--counts {name}" for name in [*(n for n in names if n not in known), "recover"])
-        raise DataError(f"{file.path}: no counts found ({reasons}); name the matrix that holds them: {options}")
+        raise DataError(f"{file.path}: no counts found ({reasons}); {_mend(file, names, ids, set(known))}")
     best = max(good, key=lambda name: (width[name], verdicts[name].kind == UMI, -known.index(name)))
     fuller = [name for name in known if width[name] > width[best]]
     if fuller:
         reasons = "; ".join(f"{name} has {width[name]:,} genes but {verdicts[name].reason}" for name in fuller)
-        mend = f"--counts recover for all genes, --counts {best} for these alone"
+        mend = f"--counts {best} takes these alone"
+        if _recovers(_open(file, _fullest(file, names), ids)):
+            mend += ", --counts recover all genes"
         raise DataError(f"{file.path}: {best} holds counts of only {width[best]:,} genes ({reasons}); {mend}")
     return _settle(found[best], verdicts[best].kind)
+
+
+def _fullest(file: Container, names: list[str]) -> str:
+    return max(names, key=lambda name: (file.columns(name), name == "raw"))
+
+
+def _mend(file: Container, names: list[str], ids: Ids, looked_at: set[str]) -> str:
+    """Say which options would find counts in a file where the ones asked for did not, and none that would not."""
+    options = [name for name in names if name not in looked_at and _judge(_open(file, name, ids)).kind]
+    if _recovers(_open(file, _fullest(file, names), ids)):
+        options.append("recover")
+    if not options:
+        return "no matrix of the file holds counts, or values that counts can be recovered from; give one that does"
+    return "give " + ", ".join(f"--counts {name}" for name in options)
+
+
+def _recovers(choice: Choice) -> bool:
+    """True if whole counts are proven for a sample of cells."""
+    indptr, values = sample(choice)
+    if not len(values) or not np.isfinite(values).all() or values.min() < 0 or (values == np.floor(values)).all():
+        return False
+    return bool(recover_rows(indptr, values.astype(np.float64), tolerances(values, stored_precision(values)))[1] < 0)
 
 
 def reopen_counts(file: Container, settled: Settled, gene_ids: str, id_map: Mapping[str, str] | None = None) -> Choice:

@@ -122,7 +122,10 @@ def _column(node: Any, rows: slice) -> Any:
         return pd.Categorical.from_codes(_decoded(node["codes"], rows), read_elem(node["categories"]), ordered=ordered)
     if _encoding(node) in _NULLABLE:
         return _NULLABLE[_encoding(node)](_decoded(node["values"], rows), _decoded(node["mask"], rows))
-    whole = read_elem(node)
+    try:
+        whole = read_elem(node)
+    except Exception as error:  # whatever AnnData's reader says of an encoding that it does not know
+        raise ValueError(f"{node.name}: {first_line(error)}") from error
     if len(whole) < rows.stop:
         raise ValueError(f"a column of {len(whole)} rows")
     return whole[rows]

@@ -120,7 +120,8 @@ class Dense(Matrix):
     def __init__(self, node: Any, place: str) -> None:
         super().__init__(node, place)
         if len(node.shape) != 2 or node.dtype.kind not in "fiub":
-            raise DataError(f"{place}: a {node.dtype} array of {len(node.shape)} dimensions is no matrix of counts")
+            what = f"a {node.dtype} array of {len(node.shape)} dimensions is no matrix of counts"
+            raise DataError(f"{place}: {what}; name another one with --counts")
         with self.reading():
             check_complete(node)
         self.shape = (int(node.shape[0]), int(node.shape[1]))

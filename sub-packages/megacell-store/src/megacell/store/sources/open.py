@@ -35,7 +35,9 @@ def open_container(path: Path, block: int = 0) -> Container:
             return TenxFolder(path)
         if is_scdl(path):
             return ScdlBlock(path, block)
-        raise DataError(f"{path}: neither a Zarr store, a folder of Cell Ranger nor an archive of bionemo-scdl")
+        raise DataError(
+            f"{path}: neither a Zarr store, a folder of Cell Ranger nor an archive of bionemo-scdl; name one"
+        )
     return SUFFIXES.get(path.suffix.lower(), SUFFIXES[".h5ad"])(path)
 
 
@@ -63,11 +65,13 @@ def find_sources(sources: str | os.PathLike[str] | Iterable[str | os.PathLike[st
         if path.is_dir():
             inside = sorted(_inside(path))
             if not inside:
-                raise UsageError(f"{path}: no source in this folder ({', '.join(SUFFIXES)}, .zarr, 10x .mtx)")
+                raise UsageError(
+                    f"{path}: no source in this folder ({', '.join(SUFFIXES)}, .zarr, 10x .mtx); name another"
+                )
         elif path.exists():
             inside = [path]
         else:
-            raise UsageError(f"{path}: no such file or folder")
+            raise UsageError(f"{path}: no such file or folder; check the path")
         for file in inside:
             found.setdefault(file.resolve(), file)
     if not found:

@@ -145,7 +145,9 @@ def _blocks(archive: Path, which: str, notes: list[str]) -> tuple[list[Path], Ar
     try:
         ends = np.load(folder / "cumulative_sum_index.npy", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: its cumulative_sum_index.npy cannot be read ({error})") from None
+        raise DataError(
+            f"{folder}: its cumulative_sum_index.npy cannot be read ({error}); make the archive again"
+        ) from None
     n = len(ends) - 1
     if ends.ndim != 1 or ends.dtype.kind not in "iu" or n < 1 or ends[0] != -1 or (np.diff(ends[1:]) <= 0).any():
         raise DataError(f"{folder}: its cumulative_sum_index.npy is no ascending list of rows; make the archive again")
@@ -194,7 +196,7 @@ def _arrays(archive: Path, notes: list[str]) -> dict[str, Array]:
         rows = json.loads((archive / "metadata.json").read_bytes())["num_rows"]
         sizes = {name: (archive / file).stat().st_size for name, file in _FILES.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{archive}: metadata.json or an array cannot be read ({error})") from None
+        raise DataError(f"{archive}: metadata.json or an array cannot be read ({error}); make it again") from None
     if not isinstance(rows, int) or rows < 1:
         raise DataError(f"{archive}: metadata.json says {rows} rows; make the archive again")
     types["ROWPTR"] = _fitting(archive, "ROWPTR", types["ROWPTR"], sizes["ROWPTR"], rows + 1, notes)

@@ -263,7 +263,7 @@ def open_source(
     """
     path = Path(path)
     if not path.exists():
-        raise UsageError(f"{path}: no such file")
+        raise UsageError(f"{path}: no such file; check the path")
     own_ids = read_id_map(id_map) if id_map else None
     file = None
     try:

@@ -84,7 +84,7 @@ class TenxFolder(Container):
         # of raw droplets there are millions: kept as bytes one after the other
         self._barcodes = pa.array((line[0] for line in _lines(find_part(path, "barcodes.tsv"))), pa.large_string())
         if not features or min(map(len, features)) < 2:
-            raise DataError(f"{path}: the table of features needs ids and names, separated by tabs")
+            raise DataError(f"{path}: the table of features needs ids and names, separated by tabs; fetch it again")
         var = pd.DataFrame({"gene_ids": [line[0] for line in features]}, index=[line[1] for line in features])
         if min(map(len, features)) > 2:
             var["feature_types"] = [line[2] for line in features]
