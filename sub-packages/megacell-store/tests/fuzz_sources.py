@@ -30,13 +30,13 @@ import scipy.sparse as sp
 from damages import OF_ANY, OF_BYTES, OF_SPARSE, structural
 from layouts import make_anndata, make_counts, sparse, write_loom, write_mtx, write_tenx_h5, write_zarr
 
-from megacell.store import guard
+from megacell.store import guard, progress
 from megacell.store.cells import CellStore
 from megacell.store.cli import main
 from megacell.store.executors import prepare
 from megacell.store.verify import verify
 
-CELLS, GENES, LIMIT = 40, 120, 60  # and seconds after which a child hangs
+CELLS, GENES, LIMIT = 40, 120, 300  # and seconds after which a child hangs, on a machine however busy
 IDS = [f"ENSG{i:011d}" for i in range(GENES)]
 NAME = "damaged"
 OF_BYTES_EACH = 35  # damages to the bytes of each form, beside one of each kind
@@ -311,6 +311,7 @@ def run(folder: Path, form: str, every: int) -> dict[str, object]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     guard.SECONDS = 3.0
+    progress.EVERY = float("inf")  # on a busy machine even a small file would be worth a line
     prepare()  # what is compiled here, no child compiles again
     place, step = Path(sys.argv[1]), int(sys.argv[2])
     for each in sys.argv[3:] or WRITERS:

@@ -5,11 +5,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.neighbors import kneighbors_graph
 
 from megacell.store import CellStore, conversion, convert, durable
 from megacell.store.errors import DataError
@@ -18,28 +16,6 @@ from megacell.store.verify import verify
 
 ALLOWED = {"allow_subset": True}
 PATH = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-
-
-def kill(folder: Path, every: int, *cases: str) -> dict:
-    script = Path(__file__).with_name("kill_everywhere.py")
-    command = [sys.executable, script, folder, str(every), *cases]
-    answer = subprocess.run(command, capture_output=True, text=True, env=PATH, check=False)
-    assert answer.returncode == 0, answer.stderr
-    return json.loads(answer.stdout)
-
-
-@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some steps", "each step"])
-@pytest.mark.parametrize("cases", [("new", "append"), ("compact", "prune")], ids=["conversions", "compactions"])
-def test_killed_at_any_step_there_is_the_old_store_or_the_new_one(cases, every, made, save, tmp_path):
-    for seed, cells, name in ((1, 30, "old.h5ad"), (2, 40, "new.h5ad")):
-        data = made.anndata(made.counts(cells, 200 + 25 * seed, seed=seed))
-        data.obsp["distances"] = kneighbors_graph(data.X, 5, mode="distance")
-        save(data, name)
-    found = kill(tmp_path, every, *cases)
-    assert found["kills"] >= 8
-    assert found["old"] >= 1
-    assert found["new"] >= 1
-    assert (found["absent"] >= 1) == ("new" in cases)
 
 
 @pytest.mark.parametrize("limit", [300, 5_000, 60_000], ids=["at once", "in a shard", "in the tables"])
