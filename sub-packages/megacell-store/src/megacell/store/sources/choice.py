@@ -54,7 +54,9 @@ class Choice:
 
 def choose_counts(file: Container, counts: str, gene_ids: str, id_map: Mapping[str, str] | None = None) -> Choice:
     """Find the matrix that `counts` names, or for "auto" the fullest one that holds counts."""
-    path, names = file.path, file.matrices()
+    path = file.path
+    with watched():
+        names = file.matrices()
     ids = (gene_ids, id_map)
     if not names:
         raise DataError(f"{path}: has no matrix (X, raw or layers); give a file with counts")
@@ -93,7 +95,8 @@ def _automatic(file: Container, names: list[str], ids: Ids) -> Choice:
 
 
 def _fullest(file: Container, names: list[str]) -> str:
-    return max(names, key=lambda name: (file.columns(name), name == "raw"))
+    with watched():
+        return max(names, key=lambda name: (file.columns(name), name == "raw"))
 
 
 def _mend(file: Container, names: list[str], ids: Ids, looked_at: set[str]) -> str:
