@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
+import pandas as pd
 import pytest
 from sklearn.neighbors import kneighbors_graph
 
@@ -73,6 +74,21 @@ def test_dry_run_prints_a_table_and_writes_nothing(megacell, counts, save, tmp_p
     assert "refused: " in bad
     assert good.split()[:8] == ["good.h5ad", "60", "300", "X", "umi", "ensembl", "human", "good;"]
     assert not (tmp_path / "store").exists()
+
+
+def test_dry_run_says_where_no_cell_would_be_kept(megacell, counts, made, save, tmp_path):
+    obs = pd.DataFrame({"is_primary_data": [False] * 60}, index=[f"c{i}" for i in range(60)])
+    path = save(made.anndata(counts, obs=obs))
+    arguments = ("convert", path, "--out", tmp_path / "store", "--dry-run", "--allow-subset")
+    code, out, _ = megacell(*arguments)
+    assert code == 1
+    assert "no cell would be kept: --all-cells keeps those marked as not primary" in out
+    assert "good" not in out
+    code, out, _ = megacell(*arguments, "--all-cells")
+    assert (code, "good" in out) == (0, True)
+    code, out, _ = megacell(*arguments, "--all-cells", "--where", "is_primary_data")
+    assert code == 1
+    assert "no cell would be kept: ask for others with --where" in out
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from megacell.store.progress import Progress
 from megacell.store.pruning import OLDER_THAN, needed_files, outdated, own_bytes, reading_of
 from megacell.store.shard import OBS, SHARD_BYTES, Shard, ShardWriter
 from megacell.store.sources.h5_matrix import ROWS, cut_blocks
-from megacell.store.target import sweep, sweeping
+from megacell.store.target import naming_disk, sweep, sweeping
 from megacell.store.verify import damage_of
 
 Array = np.ndarray[Any, Any]
@@ -113,7 +113,7 @@ def compact(
         raise UsageError(f"--older-than {older_than:g}: give hours, 0 or more")
     fitting = fitting_workers(workers, memory)
     Manifest.open(store)  # before a lock is put into a folder that is no store
-    with writing(store), Progress(show=progress) as bar, sweeping(store):
+    with naming_disk(store), writing(store), Progress(show=progress) as bar, sweeping(store):
         manifest = Manifest.open(store)
         _refuse_unfinished(store, manifest)
         groups = grouped(manifest.shards, shard_bytes)

@@ -36,7 +36,7 @@ from megacell.store.publish import publish
 from megacell.store.shard import SHARD_BYTES
 from megacell.store.sources.open import find_sources
 from megacell.store.sources.scdl import count_blocks, is_scdl
-from megacell.store.target import check_target, open_target, sweep, sweeping
+from megacell.store.target import check_target, naming_disk, open_target, sweep, sweeping
 from megacell.store.tasks import attempt, blame, ended_by
 
 _SMALL = 50_000_000  # values that one process writes in less time than others take to start
@@ -194,9 +194,7 @@ def convert(
     with Progress(show=progress) as bar:
         if dry_run:
             return job.look(bar)
-        if part is not None:
-            return job.part(bar, *part)
-        return job.whole(bar)
+        return job.run(bar, part)
 
 
 def _samples(
@@ -252,6 +250,11 @@ class _Job:
             if isinstance(found, Died):
                 found = Inspection(sample, refused=DataError(ended_by(sample.path, found.name)))
             yield found
+
+    def run(self, bar: Progress, part: tuple[int, int] | None) -> ConversionReport:
+        """Make the store, or one part of it; what the disk says against it names the place."""
+        with naming_disk(self.store):
+            return self.whole(bar) if part is None else self.part(bar, *part)
 
     def whole(self, bar: Progress) -> ConversionReport:
         """Plan, or go on with the plan of a conversion that was killed; make all shards; commit."""

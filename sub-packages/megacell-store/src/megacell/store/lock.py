@@ -43,8 +43,8 @@ def _create(path: Path, content: bytes) -> None:
     On a file system without links it is created exclusively and then filled; who meets it empty respects it.
     """
     temporary = path.with_name(f"{NAME}-{secrets.token_hex(8)}")
-    temporary.write_bytes(content)
     try:
+        temporary.write_bytes(content)
         os.link(temporary, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):

@@ -55,15 +55,21 @@ def open_target(store: Path, *, append: bool) -> Iterator[Manifest | None]:
 
 
 @contextmanager
-def sweeping(store: Path) -> Iterator[None]:
-    """Sweep where a writer fails; what the system says of the disk becomes one line."""
+def naming_disk(store: Path) -> Iterator[None]:
+    """Make one line, with the place, of what the system says of the disk on which a store is written."""
     try:
         yield
     except OSError as error:
-        sweep(store)
         where = error.filename or store
         mend = "see to room and rights, then run it again"
         raise DataError(f"{where}: {error.strerror or error}; {mend}") from error
+
+
+@contextmanager
+def sweeping(store: Path) -> Iterator[None]:
+    """Sweep where a writer fails."""
+    try:
+        yield
     except KilledError:
         if load_plan(store) is None and not any(store.glob(f"compaction-*{TEMPORARY}")):
             sweep(store)  # there is nothing that the next run could go on with
