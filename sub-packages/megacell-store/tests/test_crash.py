@@ -90,7 +90,9 @@ def test_an_error_in_a_later_file_leaves_nothing_of_the_earlier_ones(counts, mad
 def test_all_refused_files_are_named_at_once(counts, made, save, tmp_path):
     good = save(counts, "good.h5ad")
     bad = [save(-made.counts(60, 300, seed=i), f"bad{i}.h5ad") for i in range(2)]
-    with pytest.raises(DataError, match=r"2 of 3 files refused: .*bad0\.h5ad.* \| .*bad1\.h5ad") as raised:
+    with pytest.raises(
+        DataError, match=r"2 of 3 files refused \(--skip-bad leaves them out\): .*bad0\.h5ad.* \| .*bad1\.h5ad"
+    ) as raised:
         convert([good, *bad], tmp_path / "store", **ALLOWED)
     assert "\n" not in str(raised.value)
     report = convert([good, *bad], tmp_path / "store", dry_run=True, **ALLOWED)
