@@ -309,7 +309,7 @@ class _Job:
         if plan is not None and plan.request == request:
             amended = amendments(plan)
             done = sum(outcome_of(plan, number, amended) is not None for number in range(len(plan.shards)))
-            self.say(f"going on with a conversion that was stopped: {done} of {len(plan.shards)} shards are there")
+            self.say(f"going on with what was begun: {done} of {len(plan.shards)} shards are there")
             return plan
         refuse_running_parts(self.store)
         sweep(self.store)
