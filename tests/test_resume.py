@@ -14,14 +14,13 @@ import time
 import pytest
 import torch
 import xxhash
-from runs import TINY, Command, checkpoints, differing, everything_in, fine, here, last_step, metrics, one_line, tensors
+from runs import TINY, Command, checkpoints, differing, everything_in, figures, fine, here, last_step, one_line, tensors
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megacell.geneformer.training import checkpoint
 
 STEPS, EVERY = 80, 20
 KILLS = 30
-NOT_FIGURES = {"tokens_per_second", "data_wait", "engine", "memory_gib", "save_stall"}  # of the machine, not of the run
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +79,9 @@ def stopped(killed, made):
     return run, command.end(), command.family()
 
 
-def figures(run) -> list[dict[str, str]]:
-    """Return a run's metrics, as text, without what is the machine's."""
-    return [{name: value for name, value in row.items() if name not in NOT_FIGURES} for row in metrics(run)]
-
-
 def assert_the_same(run, whole) -> None:
     """Assert that two finished runs logged the same figures and ended with the same tensors, bit for bit."""
-    ours, theirs = (
-        [{k: v for k, v in row.items() if k not in NOT_FIGURES} for row in metrics(r)] for r in (run, whole)
-    )
+    ours, theirs = figures(run), figures(whole)
     assert [row["step"] for row in ours] == [str(step) for step in range(1, STEPS + 1)]
     assert ours == theirs
     assert json.loads((run / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())

@@ -8,12 +8,11 @@ import time
 
 import anndata as ad
 import pytest
-from runs import TINY, Command, differing, fine, here, last_step, metrics, tensors
+from runs import TINY, Command, differing, figures, fine, here, last_step, tensors
 
 import jobs
 
 SOON = 30  # seconds in which a job with a killed rank has to end, on a busy machine too
-NOT_FIGURES = {"tokens_per_second", "data_wait", "memory_gib"}  # of the machine, not of the run
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,7 @@ def test_a_run_goes_on_bit_for_bit_on_its_own_cells_of_a_store_that_has_grown(co
     printed = fine("pretrain", f"out={run}", "resume=true", f"store={grown}")
     assert "grown to 2,670 cells, generation 2; the run goes on with its own 2,370 of generation 1" in printed
     assert "resuming at step 10 " in printed
-    ours, theirs = (
-        [{k: v for k, v in row.items() if k not in NOT_FIGURES} for row in metrics(r)] for r in (run, before)
-    )
-    assert ours == theirs
+    assert figures(run) == figures(before)
     assert not differing(*(tensors(r / "checkpoints" / "step-00000012") for r in (run, before)))
 
 

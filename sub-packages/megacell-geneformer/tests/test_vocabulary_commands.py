@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`megacell vocabulary`, through the command line's own entry."""
 
-import argparse
 import subprocess
 import sys
 
 import pytest
 
-from megacell.geneformer.commands import register
 from megacell.geneformer.vocabulary import Vocabulary
+from megacell.store.cli import build_parser
 from megacell.store.errors import DataError, UsageError
 
 
@@ -17,9 +16,7 @@ def megacell():
     """Run one of the sub-commands."""
 
     def run(*words):
-        parser = argparse.ArgumentParser()
-        register(parser.add_subparsers())
-        args = parser.parse_args([str(word) for word in words])
+        args = build_parser().parse_args([str(word) for word in words])
         return args.run(args)
 
     return run
