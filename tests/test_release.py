@@ -27,6 +27,13 @@ def fine(*words: object, **options) -> str:
     return done.stdout
 
 
+def test_every_file_of_the_source_has_its_line_in_the_architecture():
+    told = (ROOT / "docs" / "architecture.md").read_text()
+    files = {path.name for path in (ROOT / "sub-packages").glob("*/src/**/*.py")} - {"__init__.py"}
+    assert len(files) > 100
+    assert not [name for name in sorted(files) if f"`{name}`" not in told]
+
+
 def test_the_version_stands_in_one_place():
     for part in PARTS:
         project = tomllib.loads((ROOT / "sub-packages" / part / "pyproject.toml").read_text())["project"]
