@@ -232,6 +232,7 @@ def sweep(settings: list[str], *more: str) -> None:
     finish([start([sys.executable, "-m", "megacell.store.cli", "pretrain", "--multirun", *settings, *more])], starts=2)
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_is_a_run_for_each_value_as_if_started_by_itself(settings, reference, tmp_path):
     sweep(settings, f"out={tmp_path / 'sweep'}", "optim.lr=1e-3,2e-3", "devices=2")
     one, two = (tmp_path / "sweep" / name for name in "01")
