@@ -86,7 +86,7 @@ def test_killed_at_any_step_there_is_the_old_store_or_the_new_one(scenario, who,
     else:
         assert 0 < found["in a worker"] < found["kills"]
     if every == 1:
-        assert found["kills"] >= 100
+        assert found["kills"] >= 60  # a compaction has the fewest steps
         assert found["new"] >= 1
 
 
