@@ -7,6 +7,7 @@ import pickle
 import shutil
 import tarfile
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,7 +153,9 @@ def load_tensors(file: IO[bytes], place: str) -> State:
     try:
         _check_zip(file)
         file.seek(0)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old or odd pickles, which are refused if they cannot be read
+            state = torch.load(file, map_location="cpu", weights_only=True)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     except BROKEN as error:
         text = one_line(error)

@@ -26,6 +26,7 @@ from megacell.store.durable import flush_file, move_into_place
 from megacell.store.errors import DataError, UsageError
 
 ARCHITECTURES = {"post": "BertForMaskedLM", "pre": "MegatronBertForMaskedLM"}
+ACTIVATIONS = ("relu", "gelu")
 MODEL_TYPES = {"post": "bert", "pre": "megatron-bert"}
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary"
 SIZES = {  # config.json's name → ours
@@ -158,7 +159,7 @@ def read_sizes(path: Path) -> ModelConfig:
         "is_decoder": config.get("is_decoder", False),
         "pruned_heads": config.get("pruned_heads"),
         "quantization_config": config.get("quantization_config"),
-        "hidden_act": config.get("hidden_act") not in ("relu", "gelu"),
+        "hidden_act": config.get("hidden_act") not in ACTIVATIONS,
     }
     for name, found in wrong.items():
         if found:
@@ -300,12 +301,17 @@ def save(model: Any, out: Path, figures: dict[str, Any] | None = None) -> None:
     UsageError
         ``out`` exists.
     DataError
-        It cannot be written.
+        It cannot be written; or no class of ``transformers`` computes what the model does.
     """
     from megacell.geneformer.geneformer_pickles import write_dictionaries
 
     refuse_existing(out)
     network, work = model.sizes, out.with_name(f".{out.name}.tmp")
+    if network.activation not in ACTIVATIONS:
+        raise DataError(
+            f"{out}: the model has GELU by tanh in its feed-forward layers and the exact one in its head, which no "
+            "class of transformers has; export it --to nemo"
+        )
     state = {name.removeprefix("bert."): tensor for name, tensor in model.weights().items()}
     try:
         shutil.rmtree(work, ignore_errors=True)
