@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A .nemo file from anybody: damaged, foreign or malicious, it is refused in one line, and nothing is written or run."""
+"""A .nemo file from anybody: damaged, foreign or malicious, it is refused in one line; nothing is written or run."""
 
 import contextlib
 import io

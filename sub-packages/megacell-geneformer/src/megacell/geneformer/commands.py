@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megacell.geneformer.bench_embed_command import register_bench_embed
 from megacell.geneformer.bench_train_command import register_bench_train
 from megacell.geneformer.data_commands import add_command, register_data
 from megacell.geneformer.doctor import register_doctor
@@ -26,6 +27,7 @@ def register(commands: Any) -> None:
     _register_demo(commands)
     register_data(commands)
     register_bench_train(commands)
+    register_bench_embed(commands)
     register_doctor(commands)
     register_report(commands)
 
