@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks compute with a model that came from elsewhere."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jobs import groups
+
+
+def computed(path: str, vocabulary: str, lengths: tuple[int, ...], tensor: int) -> dict[str, np.ndarray]:
+    """Fill a network that is cut over the ranks, and return this rank's logits, states and attention of a pack."""
+    import torch
+    from hugging import cells_of
+
+    from megacell.geneformer.embed import hidden_states
+    from megacell.geneformer.interchange.open import load_into, open_model
+    from megacell.geneformer.model.attention import attention_maps
+    from megacell.geneformer.model.bert import PackedBert
+    from megacell.geneformer.model.config import Layout
+    from megacell.geneformer.vocabulary import Vocabulary
+
+    opened = Vocabulary.open(vocabulary)
+    pack = cells_of(lengths)[0]
+    with groups(1):  # in this one process, to learn its sizes
+        network = open_model(Path(path), opened).sizes
+    with groups(tensor), torch.inference_mode():
+        bert = PackedBert(network, Layout(tensor=tensor))
+        load_into(bert, network, opened, Path(path))
+        bert.eval()
+        found = {"logits": bert.logits(bert.encode(pack)).numpy()}
+        for layer in range(network.layers):
+            found[f"states {layer}"] = hidden_states(bert, pack, layer).numpy()
+            for cell, weights in enumerate(attention_maps(bert, pack, layer + 1)):
+                found[f"attention {layer} {cell}"] = weights.numpy()
+        return found
