@@ -14,16 +14,17 @@ def computed(path: str, vocabulary: str, lengths: tuple[int, ...], tensor: int) 
     from hugging import cells_of
 
     from megacell.geneformer.embed import hidden_states
-    from megacell.geneformer.interchange.open import load_into, open_model
+    from megacell.geneformer.interchange.hugging_face import read_sizes
+    from megacell.geneformer.interchange.nemo import read_config
+    from megacell.geneformer.interchange.open import load_into
     from megacell.geneformer.model.attention import attention_maps
     from megacell.geneformer.model.bert import PackedBert
-    from megacell.geneformer.model.config import Layout
+    from megacell.geneformer.model.config import Layout, ModelConfig
     from megacell.geneformer.vocabulary import Vocabulary
 
     opened = Vocabulary.open(vocabulary)
     pack = cells_of(lengths)[0]
-    with groups(1):  # in this one process, to learn its sizes
-        network = open_model(Path(path), opened).sizes
+    network = ModelConfig.of(read_config(Path(path))["network"]) if Path(path).is_file() else read_sizes(Path(path))
     with groups(tensor), torch.inference_mode():
         bert = PackedBert(network, Layout(tensor=tensor))
         load_into(bert, network, opened, Path(path))

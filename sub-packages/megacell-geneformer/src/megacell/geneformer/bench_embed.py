@@ -231,7 +231,7 @@ def table(figures: dict[str, Any]) -> str:
     if files := figures.get("files"):
         lines += [
             f"{files['model']}, {files['mib']:,.0f} MiB, after imports of {files['imports_seconds']:.1f} s:",
-            f"converted in {files['convert_seconds']:.1f} s, {files['convert_memory_of_its_size']:.1f} times its size held",
+            f"converted in {files['convert_seconds']:.1f} s, {files['convert_memory_of_its_size']:.1f} times its size",
             f"opened in {files['open_seconds']:.1f} s ({files['open_cpu_seconds']:.1f} s of CPU)",
         ]
     return "\n".join(lines)

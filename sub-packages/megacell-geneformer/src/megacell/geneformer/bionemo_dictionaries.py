@@ -43,7 +43,7 @@ def import_bionemo(tokens: Path, medians: Path, name: str | None = None) -> Voca
             contents.append(path.read_bytes())
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; give one of BioNeMo's dictionaries") from None
-    return make_vocabulary(*contents, str(tokens), str(medians), name)
+    return make_vocabulary(contents[0], contents[1], str(tokens), str(medians), name)
 
 
 def make_vocabulary(
