@@ -40,14 +40,15 @@ def one_line(error: BaseException) -> str:
 class _Bounded:
     """A file that refuses to be read beyond a number of bytes: a compressed archive may unpack to anything."""
 
-    def __init__(self, file: IO[bytes], most: int) -> None:
+    def __init__(self, file: Any, most: int) -> None:
         self._file, self._most = file, most
         self.seek, self.tell, self.close = file.seek, file.tell, file.close
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or self._file.tell() + size > self._most:
             raise DataError(f"unpacks to more than {self._most:,} bytes, {EXPANSION} times its size: refused")
-        return self._file.read(size)
+        content: bytes = self._file.read(size)
+        return content
 
 
 class Archive:

@@ -11,7 +11,7 @@ import torch
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from megacell.geneformer.interchange import nemo_1
 from megacell.geneformer.interchange.archive import Archive, load_tensors, one_line, open_archive

@@ -169,8 +169,9 @@ def _join(parts: list[State], path: Path) -> State:
     out = {}
     for name, tensor in first.items():
         dimension = next((d for end, d in cut.items() if name.endswith(end)), None)
-        whole = others and dimension is not None and tensor.ndim > dimension
-        out[name] = torch.cat([part[name] for part in parts], dimension) if whole else tensor
+        if others and dimension is not None and tensor.ndim > dimension:
+            tensor = torch.cat([part[name] for part in parts], dimension)
+        out[name] = tensor
     return out
 
 
