@@ -123,7 +123,7 @@ def random_model(name: str, vocabulary: Vocabulary) -> GeneformerModel:
     model = GeneformerModel(OmegaConf.create(cfg))
     with device.single_process():
         initialise(model.bert, network, seed=0)
-    model.vocabulary = vocabulary  # type: ignore[assignment]
+    model.vocabulary = vocabulary
     return model.to(device.device()).eval()
 
 
