@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 TESTS_AT_ONCE ?= 2
 
-.PHONY: setup demo test test-all lint clean bench-peers bench-store bench-batches
+.PHONY: setup demo test test-all lint clean bench-peers bench-store bench-batches bench-train bench-embed
 
 setup: $(STAMP)
 
@@ -63,6 +63,13 @@ bench-store: setup
 bench-batches: setup
 	$(BIN)/python benchmarks/batches.py $(DATA)/cells $(DATA)/geneformer/V2 --json benchmarks/results/batches.json \
 	  $(if $(wildcard $(PEERS)/geneformer/.set-up),--tokenizer-python $(PEERS)/geneformer/bin/python)
+
+bench-train: setup
+	$(BIN)/python benchmarks/train.py $(DATA)/cells $(DATA)/geneformer/V2 model=geneformer_10m batch.cells=16 \
+	  --warmup 1 --seconds 60 --json benchmarks/results/train.json --chart benchmarks/results/train.png
+
+bench-embed: setup
+	$(BIN)/python benchmarks/embed.py $(DATA)/cells/pbmc4k_a.h5ad $(DATA)/geneformer/V1 --json benchmarks/results/embed.json
 
 clean:
 	rm -rf .venv .peers demo .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megacell.geneformer.bench_embed_command import register_bench_embed
 from megacell.geneformer.bench_train_command import register_bench_train
 from megacell.geneformer.data_commands import add_command, register_data
 from megacell.geneformer.doctor import register_doctor
@@ -26,11 +27,14 @@ def register(commands: Any) -> None:
     _register_demo(commands)
     register_data(commands)
     register_bench_train(commands)
+    register_bench_embed(commands)
     register_doctor(commands)
     register_report(commands)
 
 
-_BIONEMO = "lay cells out as BioNeMo's Geneformer does: cls in front, 2,048 tokens"
+_BIONEMO = (
+    "lay cells out as BioNeMo's Geneformer does: cls in front, 2,048 tokens (to train; its own have other tokens)"
+)
 
 
 def _register_vocabulary(commands: Any) -> None:
@@ -56,9 +60,9 @@ def _register_vocabulary(commands: Any) -> None:
     build.add_argument("--workers", type=int, default=None, help="threads (default: one a core)")
     build.set_defaults(run=_build)
 
-    imported = actions.add_parser("import", help="from Geneformer's dictionaries (V1 or V2)")
-    imported.add_argument("--tokens", type=Path, required=True, help="token_dictionary*.pkl")
-    imported.add_argument("--medians", type=Path, required=True, help="gene_median_dictionary*.pkl")
+    imported = actions.add_parser("import", help="from Geneformer's dictionaries (V1 or V2), or BioNeMo's")
+    imported.add_argument("--tokens", type=Path, required=True, help="token_dictionary*.pkl, or geneformer.vocab")
+    imported.add_argument("--medians", type=Path, required=True, help="gene_median_dictionary*.pkl, or medians.json")
     imported.add_argument("--gene-ids", type=Path, help="ensembl_mapping_dict*.pkl: other ids of the genes")
     imported.add_argument("--symbols", type=Path, help="gene_name_id_dict*.pkl: symbols of the genes")
     imported.add_argument("--out", type=Path, required=True, metavar="VOCAB", help="directory to make")
@@ -93,13 +97,16 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from megacell.geneformer.bionemo_dictionaries import import_bionemo, is_bionemo
     from megacell.geneformer.geneformer_pickles import import_geneformer
     from megacell.geneformer.vocabulary import refuse_existing
 
     refuse_existing(args.out)
-    vocabulary = import_geneformer(args.tokens, args.medians, args.gene_ids, args.symbols, args.name)
-    if args.bionemo:
-        vocabulary = vocabulary.for_bionemo()
+    if is_bionemo(args.tokens):
+        vocabulary = import_bionemo(args.tokens, args.medians, args.name)
+    else:
+        vocabulary = import_geneformer(args.tokens, args.medians, args.gene_ids, args.symbols, args.name)
+        vocabulary = vocabulary.for_bionemo() if args.bionemo else vocabulary
     return _save(vocabulary, args.out, [f"{len(vocabulary.aliases):,} other ids and names of its genes"])
 
 
@@ -232,12 +239,18 @@ def _say_written(out: Path, what: str) -> None:
 def _register_import(commands: Any) -> None:
     example = (
         "examples:\n  megacell import Geneformer-V2-104M --vocabulary geneformer-v2 --out geneformer.nemo\n"
+        "  megacell import bionemo-1.nemo --out geneformer.nemo       a Megatron BERT of NeMo 1 or BioNeMo 1\n"
         "  megacell pretrain … model=geneformer_v2_104m init=Geneformer-V2-104M       goes on training it"
     )
     parser = add_command(commands, "import", "make a .nemo file of a published model", example)
-    parser.add_argument("model", type=Path, metavar="DIR", help="Hugging Face directory of a BERT for masked genes")
     parser.add_argument(
-        "--vocabulary", type=Path, metavar="VOCAB", help="where the directory has none (fetched, of Geneformer's)"
+        "model",
+        type=Path,
+        metavar="DIR|F.nemo",
+        help="Hugging Face directory of a BERT for masked genes, or NeMo 1's file",
+    )
+    parser.add_argument(
+        "--vocabulary", type=Path, metavar="VOCAB", help="where the model has none in it (fetched, of Geneformer's)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="F.nemo")
     parser.set_defaults(run=_import_model)

@@ -141,19 +141,28 @@ def hidden_states(bert: Any, pack: Pack, layer: int) -> torch.Tensor:
     layers = bert.encoder.layers
     if layer == len(layers):
         return bert.encode(pack)
-    kept: list[torch.Tensor] = []
-    if isinstance(layers[layer], PostNormLayer):
-        hook = layers[layer].input_layernorm.register_forward_hook(lambda module, given, out: kept.append(out))
-    else:
-        hook = layers[layer].register_forward_pre_hook(
-            lambda module, given, named: kept.append(named["hidden_states"]), with_kwargs=True
-        )
+    post = isinstance(layers[layer], PostNormLayer)
+    module = layers[layer].input_layernorm if post else layers[layer]
+
+    def stop(module, given, named, out=None):
+        raise _Reached(out if post else named["hidden_states"])
+
+    register = module.register_forward_hook if post else module.register_forward_pre_hook
+    hook = register(stop, with_kwargs=True)
     try:
         bert.encode(pack)
+    except _Reached as reached:
+        states = reached.states
     finally:
         hook.remove()
-    states = kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0]
-    return states.squeeze(1)
+    return (states if isinstance(states, torch.Tensor) else states[0]).squeeze(1)
+
+
+class _Reached(Exception):
+    """The layer that was asked for is computed: those behind it need not be."""
+
+    def __init__(self, states: Any) -> None:
+        self.states = states
 
 
 def layer_number(layer: str | int, layers: int) -> int:

@@ -7,9 +7,7 @@ for positions, into which theirs for token types (all zero here) is folded, and 
 """
 
 import json
-import pickle
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megacell.geneformer.interchange.archive import BROKEN, load_tensors, one_line
 from megacell.geneformer.interchange.model_card import model_card
+from megacell.geneformer.interchange.tensors import Shapes, State, check_tensors
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.model.init import PADDING_BIAS
 from megacell.geneformer.vocabulary import Vocabulary, refuse_existing
@@ -26,6 +26,7 @@ from megacell.store.durable import flush_file, move_into_place
 from megacell.store.errors import DataError, UsageError
 
 ARCHITECTURES = {"post": "BertForMaskedLM", "pre": "MegatronBertForMaskedLM"}
+ACTIVATIONS = ("relu", "gelu")
 MODEL_TYPES = {"post": "bert", "pre": "megatron-bert"}
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary"
 SIZES = {  # config.json's name → ours
@@ -46,13 +47,6 @@ WORDS, POSITIONS = "bert.embeddings.word_embeddings.weight", "bert.embeddings.po
 TYPES, DECODER = "bert.embeddings.token_type_embeddings.weight", "cls.predictions.decoder"
 BIAS = "cls.predictions.bias"
 PUBLISHED_SIZES = {25_426: "geneformer-v1", 20_275: "geneformer-v2"}
-
-BROKEN = (  # what damaged or malicious files make the readers of safetensors and torch raise
-    SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError, KeyError,
-    AttributeError, RuntimeError,
-)  # fmt: skip
-
-State = dict[str, torch.Tensor]
 
 
 # -- names
@@ -165,7 +159,7 @@ def read_sizes(path: Path) -> ModelConfig:
         "is_decoder": config.get("is_decoder", False),
         "pruned_heads": config.get("pruned_heads"),
         "quantization_config": config.get("quantization_config"),
-        "hidden_act": config.get("hidden_act") not in ("relu", "gelu"),
+        "hidden_act": config.get("hidden_act") not in ACTIVATIONS,
     }
     for name, found in wrong.items():
         if found:
@@ -191,10 +185,10 @@ def _read_tensors(path: Path) -> State:
         if (whole := path / WEIGHTS).is_file():
             return load_file(whole)
         if (pickled := path / "pytorch_model.bin").is_file():
-            state = torch.load(pickled, map_location="cpu", weights_only=True)
-            return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+            with open(pickled, "rb") as file:
+                return load_tensors(file, str(pickled))
     except BROKEN as error:
-        text = " ".join(str(error).split())[:200]
+        text = one_line(error)
         raise DataError(f"{path}: its weights cannot be read, or are refused ({text}); fetch them again") from None
     raise DataError(f"{path}: has neither {WEIGHTS} nor pytorch_model.bin; give the whole directory")
 
@@ -228,8 +222,9 @@ def read_directory(path: Path, vocabulary: Vocabulary | None = None) -> tuple[di
             f"{path}: the model has {network.vocabulary_size:,} tokens, vocabulary {vocabulary.name} "
             f"{vocabulary.size:,}: another dictionary; give the one it was trained with"
         )
-    state = {name: tensor.float() for name, tensor in _read_tensors(path).items()}
+    state = _read_tensors(path)
     _check(path, state, network)
+    state = {name: tensor.float() for name, tensor in state.items()}
     provenance = {"step": 0, "made": "imported", "from": path.resolve().name, "format": ARCHITECTURES[network.norm]}
     cfg = {"network": network.to_dict(), "precision": "fp32", "vocabulary": vocabulary.hash, "provenance": provenance}
     return cfg, to_ours(state, network), vocabulary
@@ -253,27 +248,20 @@ def _find_vocabulary(path: Path, network: ModelConfig, given: Vocabulary | None)
 
 
 def _check(path: Path, state: State, network: ModelConfig) -> None:
-    """Refuse tensors that are missing, unknown, of another shape, or not finite."""
-    wanted, spare = _shapes(network), {f"{DECODER}.weight", f"{DECODER}.bias"}  # which tied models may hold too
-    missing = sorted(set(wanted) - set(state))
-    unknown = sorted(name for name in set(state) - set(wanted) - spare if not name.startswith(UNUSED))
-    for names, what in ((missing, "missing"), (unknown, "unknown")):
-        if names:
-            mend = "give the pretrained model, whole"
-            raise DataError(f"{path}: {len(names)} tensors are {what} for its {CONFIG} ({names[0]}, …); {mend}")
-    for name, shape in wanted.items():
-        if name in state and tuple(state[name].shape) != shape:
-            raise DataError(f"{path}: {name} is {tuple(state[name].shape)}, {CONFIG} says {shape}; they are no pair")
-        if name in state and not torch.isfinite(state[name]).all():
-            raise DataError(f"{path}: {name} holds NaN or infinite values; fetch it again")
+    """Refuse tensors that are not the network's; a tied model may hold its decoder too, if it is the embedding."""
+    shapes, spare = _shapes(network), {f"{DECODER}.weight", f"{DECODER}.bias"}
+    if not network.tied_head and f"{DECODER}.bias" in state:
+        shapes[f"{DECODER}.bias"] = shapes[BIAS]
+    held = {name: tensor for name, tensor in state.items() if name in shapes or name not in spare}
+    check_tensors({n: t for n, t in held.items() if not n.startswith(UNUSED)}, shapes, str(path), CONFIG)
     if network.tied_head and f"{DECODER}.weight" in state and not torch.equal(state[f"{DECODER}.weight"], state[WORDS]):
         raise DataError(f"{path}: {CONFIG} says that embedding and decoder are one, but the two differ; it is refused")
 
 
-def _shapes(network: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(network: ModelConfig) -> Shapes:
     """Return the shape of each of Hugging Face's tensors."""
     hidden, ffn, rows = network.hidden, network.ffn, network.vocabulary_size
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: Shapes = {
         WORDS: (rows, hidden),
         POSITIONS: (network.max_length, hidden),
         TYPES: (2, hidden),
@@ -313,12 +301,17 @@ def save(model: Any, out: Path, figures: dict[str, Any] | None = None) -> None:
     UsageError
         ``out`` exists.
     DataError
-        It cannot be written.
+        It cannot be written; or no class of ``transformers`` computes what the model does.
     """
     from megacell.geneformer.geneformer_pickles import write_dictionaries
 
     refuse_existing(out)
     network, work = model.sizes, out.with_name(f".{out.name}.tmp")
+    if network.activation not in ACTIVATIONS:
+        raise DataError(
+            f"{out}: the model has GELU by tanh in its feed-forward layers and the exact one in its head, which no "
+            "class of transformers has; export it --to nemo"
+        )
     state = {name.removeprefix("bert."): tensor for name, tensor in model.weights().items()}
     try:
         shutil.rmtree(work, ignore_errors=True)

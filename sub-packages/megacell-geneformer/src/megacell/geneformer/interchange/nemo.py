@@ -10,11 +10,17 @@ from pathlib import Path
 import torch
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
+from megacell.geneformer.interchange import nemo_1
+from megacell.geneformer.interchange.archive import Archive, load_tensors, one_line, open_archive
+from megacell.geneformer.interchange.tensors import State, check_tensors, shapes_of
+from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.vocabulary import Vocabulary
-from megacell.store.errors import DataError
+from megacell.store.errors import DataError, UsageError
 
-VOCABULARY = "vocabulary"  # folder inside the archive
+CONFIG, WEIGHTS, VOCABULARY = "model_config.yaml", "model_weights.ckpt", "vocabulary"  # the last is a folder
 
 
 class NemoArchive(SaveRestoreConnector):
@@ -40,59 +46,88 @@ class NemoArchive(SaveRestoreConnector):
             os.replace(archive, target)
 
     @staticmethod
-    def _safe_extract(tar, out_folder: str, members=None):
-        for member in tar.getmembers() if members is None else members:
-            if not (member.isfile() or member.isdir()):
-                raise DataError(f"{tar.name}: holds {member.name}, which is neither file nor folder: refused")
-        SaveRestoreConnector._safe_extract(tar, out_folder, members)
+    def _unpack_nemo_file(path2file: str, out_folder: str, members=None) -> str:
+        check_archive(Path(path2file))
+        return SaveRestoreConnector._unpack_nemo_file(path2file, out_folder, members)
 
     @staticmethod
     def _load_state_dict_from_disk(model_weights, map_location="cpu"):
-        return torch.load(model_weights, map_location=map_location, weights_only=True)
+        with open(model_weights, "rb") as file:
+            return load_tensors(file, str(model_weights))
 
 
-def read_archive(path: Path) -> tuple[dict, dict[str, torch.Tensor], Vocabulary]:
-    """Return an archive's configuration, its whole (uncut) weights on the CPU, and its vocabulary.
+def read_archive(path: Path, given: Vocabulary | None = None) -> tuple[dict, State, Vocabulary]:
+    """Return an archive's configuration, its whole (uncut) weights on the CPU, by our names, and its vocabulary.
+
+    Parameters
+    ----------
+    path : Path
+        A .nemo file of ours, or of a Megatron BERT of NeMo 1 or BioNeMo 1.
+    given : Vocabulary, optional
+        For one that holds none.
 
     Raises
     ------
-    DataError
-        If it is not a .nemo of ours, or damaged.
+    DataError, UsageError
+        If it is neither, damaged, or not safe to open; or without a vocabulary.
     """
-    try:
+    with open_archive(path) as archive:
+        cfg = _config(archive, path)
+        if nemo_1.is_nemo_1(cfg):
+            return nemo_1.read(archive, cfg, path, given)
+        _check_parts(archive, path)
         with tempfile.TemporaryDirectory() as folder:
-            NemoArchive._unpack_nemo_file(str(path), folder)
-            cfg = OmegaConf.to_container(OmegaConf.load(Path(folder) / "model_config.yaml"))
-            weights = NemoArchive._load_state_dict_from_disk(Path(folder) / "model_weights.ckpt")
-            vocabulary = Vocabulary.open(Path(folder) / VOCABULARY)
-            assert isinstance(cfg, dict)
-            return cfg, weights, vocabulary
-    except (OSError, tarfile.TarError, RuntimeError, ValueError) as error:
-        raise DataError(f"{path}: not a .nemo file that Megacell wrote, or a damaged one: {error}") from error
+            archive.unpack(VOCABULARY, Path(folder) / VOCABULARY)
+            try:
+                vocabulary = Vocabulary.open(Path(folder) / VOCABULARY)
+            except DataError as error:
+                raise DataError(f"{path}: {str(error).removeprefix(folder + os.sep)}") from None
+        weights = {name.removeprefix("bert."): tensor for name, tensor in archive.tensors(WEIGHTS).items()}
+        _check_weights(weights, cfg, vocabulary, path)
+        return cfg, weights, vocabulary
 
 
 def read_config(path: Path) -> dict:
-    """Return an archive's configuration and unpack nothing else; DataError as ``check_archive``."""
-    check_archive(path)
-    with NemoArchive._tar_open(str(path)) as tar:
-        (member,) = [m for m in tar.getmembers() if os.path.normpath(m.name) == "model_config.yaml"]
-        file = tar.extractfile(member)
-        if file is None:
-            raise DataError(f"{path}: holds {member.name}, which is no file: refused")
-        cfg = OmegaConf.to_container(OmegaConf.create(file.read().decode()))
-    assert isinstance(cfg, dict)
-    return cfg
+    """Return the configuration of an archive of ours, and unpack nothing else; DataError as `check_archive`."""
+    with open_archive(path) as archive:
+        cfg = _config(archive, path)
+        _check_parts(archive, path)
+        return cfg
 
 
 def check_archive(path: Path) -> None:
-    """Raise DataError unless ``path`` is a tar with our parts in it."""
+    """Raise DataError unless ``path`` is a tar that is safe to open, with our parts in it."""
+    read_config(path)
+
+
+def _config(archive: Archive, path: Path) -> dict:
+    if CONFIG not in archive.names:
+        raise DataError(f"{path}: a .nemo file without {CONFIG}; give one of a Geneformer")
     try:
-        with NemoArchive._tar_open(str(path)) as tar:
-            names = {os.path.normpath(name) for name in tar.getnames()}
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: not a .nemo file, or a damaged one: {error}") from error
-    if missing := {"model_config.yaml", "model_weights.ckpt", VOCABULARY} - names:
-        raise DataError(f"{path}: a .nemo file without {', '.join(sorted(missing))}: not one that Megacell wrote")
+        cfg = OmegaConf.to_container(OmegaConf.create(archive.read(CONFIG).decode()))
+    except (ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise DataError(f"{path}: its {CONFIG} cannot be read ({one_line(error)}); fetch it again") from None
+    if not isinstance(cfg, dict):
+        raise DataError(f"{path}: its {CONFIG} holds no options; fetch it again")
+    return cfg
+
+
+def _check_parts(archive: Archive, path: Path) -> None:
+    folders = {os.path.dirname(name) for name in archive.names}
+    if missing := sorted({WEIGHTS, VOCABULARY} - archive.names - folders):
+        raise DataError(f"{path}: a .nemo file without {', '.join(missing)}: not one that Megacell wrote")
+
+
+def _check_weights(weights: State, cfg: dict, vocabulary: Vocabulary, path: Path) -> None:
+    """Refuse weights that are not those that the configuration tells of, or another vocabulary."""
+    try:
+        network = ModelConfig.of(cfg["network"])
+        written = cfg["vocabulary"]
+    except (UsageError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: its {CONFIG} describes no network ({one_line(error)}); fetch it again") from None
+    if written != vocabulary.hash or vocabulary.size != network.vocabulary_size:
+        raise DataError(f"{path}: was trained with another vocabulary ({str(written)[:12]}…) than it holds; refused")
+    check_tensors(weights, shapes_of(network, network.padded_vocabulary), str(path), CONFIG)
 
 
 def save(model, out: Path) -> None:

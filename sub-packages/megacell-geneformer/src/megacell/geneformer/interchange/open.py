@@ -59,27 +59,23 @@ def open_model(path: Path, vocabulary: Vocabulary | None = None):
     UsageError, DataError
         If there is no such model there, or it is damaged.
     """
+    from megacell.geneformer.interchange.hugging_face import read_directory
+    from megacell.geneformer.interchange.nemo import read_archive
+
     if is_hugging_face(path):
-        return _of_hugging_face(path, vocabulary)
-    model = _of_archive(path) if path.is_file() else _of_checkpoint(find_checkpoint(path))
+        return _built(*read_directory(path, vocabulary))
+    model = _built(*read_archive(path, vocabulary)) if path.is_file() else _of_checkpoint(find_checkpoint(path))
     if vocabulary is not None:
         _check_vocabulary(path, model.vocabulary.hash, vocabulary)
     return model
 
 
-def _of_archive(path: Path):
-    from megacell.geneformer.training.module import GeneformerModel
-
-    return GeneformerModel.restore_from(str(path)).eval()
-
-
-def _of_hugging_face(path: Path, vocabulary: Vocabulary | None):
-    from megacell.geneformer.interchange.hugging_face import read_directory
+def _built(cfg: dict, weights: dict, vocabulary: Vocabulary):
+    """Return the network that a configuration describes, filled with whole weights."""
     from megacell.geneformer.model.init import copy_whole
     from megacell.geneformer.training import device
     from megacell.geneformer.training.module import GeneformerModel
 
-    cfg, weights, vocabulary = read_directory(path, vocabulary)
     model = GeneformerModel(OmegaConf.create(cfg))
     with device.single_process():
         copy_whole(model.bert, weights)
@@ -153,8 +149,7 @@ def load_into(bert, network: ModelConfig, vocabulary: Vocabulary, path: Path) ->
         copy_whole(bert, read_directory(path, vocabulary)[1])
         return
     if path.is_file():
-        _, weights, _ = read_archive(path)
-        copy_whole(bert, {name.removeprefix("bert."): tensor for name, tensor in weights.items()})
+        copy_whole(bert, read_archive(path, vocabulary)[1])
         return
     checkpoint.load(find_checkpoint(path), bert)
 

@@ -9,7 +9,7 @@ from megacell.store.errors import UsageError
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are padded to it, whatever the tensor parallel size
 PRECISIONS = ("fp32", "bf16", "fp16")
 NORMS = ("pre", "post")
-ACTIVATIONS = ("gelu", "relu")
+ACTIVATIONS = ("gelu", "relu", "gelu_tanh")
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -28,8 +28,9 @@ class ModelConfig:
     norm : {"pre", "post"}
         Where LayerNorm stands: before attention and feed-forward layer (Megatron's BERT), or after the residual
         sums and after the embeddings (the BERT of Hugging Face's Geneformers).
-    activation : {"gelu", "relu"}
-        Of the feed-forward layers and of the LM head; GELU is the exact one.
+    activation : {"gelu", "relu", "gelu_tanh"}
+        Of the feed-forward layers and of the LM head; GELU is the exact one. "gelu_tanh" is what NeMo 1 computed:
+        the approximation by tanh in the feed-forward layers, the exact one in the head.
     tied_head : bool
         The LM head's decoder is the token embedding; else a matrix of its own.
     hidden_dropout, attention_dropout : float
@@ -141,6 +142,12 @@ class Layout:
             raise UsageError("sequence parallelism shares tokens among tensor parallel ranks, of which there is one")
 
 
+def _gelu_tanh(x):
+    import torch
+
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 def megatron_config(model: ModelConfig, layout: Layout):
     """Translate into Megatron-core's ``TransformerConfig``."""
     import torch
@@ -160,7 +167,9 @@ def megatron_config(model: ModelConfig, layout: Layout):
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         layernorm_epsilon=model.layernorm_epsilon,
-        activation_func=getattr(torch.nn.functional, model.activation),
+        activation_func=_gelu_tanh
+        if model.activation == "gelu_tanh"
+        else getattr(torch.nn.functional, model.activation),
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence,
         bf16=dtype is torch.bfloat16,
@@ -169,6 +178,8 @@ def megatron_config(model: ModelConfig, layout: Layout):
         autocast_dtype=dtype,
         use_cpu_initialization=True,
         perform_initialization=True,  # sets the tensor parallel attributes; model.init then fills the weights by name
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,

@@ -52,10 +52,13 @@ class LMHead(MegatronModule):
         super().__init__(config)
         self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, dtype=config.params_dtype)
         self.layer_norm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.activation = (
+            torch.nn.functional.relu if config.activation_func is torch.nn.functional.relu else torch.nn.functional.gelu
+        )
 
     def forward(self, hidden):
         """Return [M, h] for hidden states [M, h]."""
-        return self.layer_norm(self.config.activation_func(self.dense(hidden)))
+        return self.layer_norm(self.activation(self.dense(hidden)))
 
 
 def encoder_parts(model: ModelConfig) -> TransformerBlockSubmodules:

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`megacell bench embed`: cells embedded a second, beside Hugging Face's BERT with padding, and models opened.
+
+Protocol: one process, the same random weights and the same cells in both, float32. Ours starts from counts, Hugging
+Face from tokens that are already made. Every round runs each contender once, after one that warms up, so that what else
+the machine does meets all of them; a figure is the median over rounds, and so is each ratio. Before anything counts,
+the embeddings are seen to agree.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from omegaconf import OmegaConf
+
+from megacell.geneformer.embed import Embedder
+from megacell.geneformer.embed_inputs import open_input
+from megacell.geneformer.interchange import hugging_face
+from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.init import initialise
+from megacell.geneformer.training import device, settings
+from megacell.geneformer.training.module import GeneformerModel
+from megacell.geneformer.vocabulary import Vocabulary
+from megacell.store.errors import DataError
+from megacell.store.measured_on import where_and_when
+
+LAYER = "second_to_last"
+AGREE = 1e-5  # the most that embeddings may differ, in absolute or relative terms
+FIXED = "hugging_face_fixed"
+Run = Callable[[], np.ndarray]
+
+
+def bench_embed(
+    data: Path, vocabulary: Vocabulary, model: str, cells: int, batch: int, rounds: int, contenders: list[str]
+) -> dict[str, Any]:
+    """Measure embedding.
+
+    Parameters
+    ----------
+    data : Path
+        A store, or a file as for `convert`; its first cells are taken.
+    vocabulary : Vocabulary
+    model : str
+        Of the published configurations.
+    cells : int
+        How many; of the contender that pads to the model's length a batch is enough.
+    batch : int
+        Cells of one of Hugging Face's batches.
+    rounds : int
+    contenders : list of str
+        Of `CONTENDERS`.
+
+    Returns
+    -------
+    dict
+        In JSON's types.
+
+    Raises
+    ------
+    DataError
+        The embeddings do not agree, or there are fewer cells.
+    """
+    own = random_model(model, vocabulary)
+    with open_input(data) as given:
+        embedder = Embedder(own, given.gene_ids, given.symbols, layer=LAYER)
+        rows = sp.vstack(list(given.rows(0, min(cells, len(given))))).tocsr()
+    tokens = [
+        packed.tokens[a:b] for packed in embedder.packs(rows) for a, b in pairwise(packed.starts.tolist())
+    ]  # fmt: skip
+    if len(tokens) != rows.shape[0]:
+        raise DataError(f"{data}: has cells without a gene of {vocabulary.name} among the first; leave them out")
+    runs: dict[str, tuple[Run, int]] = {"megacell": (lambda: embedder.embed(rows)[0], len(tokens))}
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = _hugging_face(own, Path(folder))
+    for name in contenders:
+        few = tokens[:batch] if name == FIXED else tokens
+        runs[name] = (_padded(theirs, few, batch, vocabulary, name, own.sizes.max_length), len(few))
+    apart = {name: _apart(run(), runs["megacell"][0]()[:n], name) for name, (run, n) in runs.items()}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    of_cpu: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (run, n) in runs.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            run()
+            rates[name].append(n / (time.perf_counter() - start))
+            of_cpu[name].append(n / (time.process_time() - cpu))
+    lengths = [len(cell) for cell in tokens]
+    return {
+        **where_and_when(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "model": {"name": model, **own.sizes.to_dict()},
+        "precision": "fp32",
+        "layer": LAYER,
+        "batch": batch,
+        "tokens_a_cell": {str(q): int(np.quantile(lengths, q)) for q in (0.0, 0.25, 0.5, 0.75, 1.0)},
+        "cells": {name: n for name, (_, n) in runs.items()},
+        "rounds_cells_per_second": rates,
+        "cells_per_second": {name: median(own) for name, own in rates.items()},
+        "cells_per_cpu_second": {name: median(own) for name, own in of_cpu.items()},
+        "times": {name: _times(rates, name) for name in contenders},
+        "times_of_cpu": {name: _times(of_cpu, name) for name in contenders},
+        "largest_difference": apart,
+    }
+
+
+def random_model(name: str, vocabulary: Vocabulary) -> GeneformerModel:
+    """Return a published configuration with random weights."""
+    values = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / f"{name}.yaml"))
+    assert isinstance(values, dict)
+    network = ModelConfig.of({**{str(k): v for k, v in values.items()}, "vocabulary_size": vocabulary.size})
+    cfg = {"network": network.to_dict(), "precision": "fp32", "vocabulary": vocabulary.hash, "provenance": {"step": 0}}
+    model = GeneformerModel(OmegaConf.create(cfg))
+    with device.single_process():
+        initialise(model.bert, network, seed=0)
+    model.vocabulary = vocabulary
+    return model.to(device.device()).eval()
+
+
+def _hugging_face(model: GeneformerModel, folder: Path) -> Any:
+    """Return the same network as `transformers` loads it."""
+    import transformers
+
+    hugging_face.save(model, folder / "model")
+    kind = getattr(transformers, hugging_face.ARCHITECTURES[model.sizes.norm])
+    return kind.from_pretrained(folder / "model").to(device.device()).eval()
+
+
+CONTENDERS = {  # whether cells are sorted by length first, and whether the head is computed, as both packages do
+    "hugging_face_sorted": (True, True),  # as Geneformer's EmbExtractor
+    "hugging_face_in_order": (False, True),
+    "hugging_face_sorted_without_head": (True, False),
+    FIXED: (False, True),  # to the model's length
+}
+
+
+def _padded(network: Any, cells: list[np.ndarray], batch: int, vocabulary: Vocabulary, name: str, longest: int) -> Run:
+    """Return what embeds cells in padded batches, and puts them back into their order."""
+    by_length, head = CONTENDERS[name]
+    order = np.argsort([-len(cell) for cell in cells], kind="stable") if by_length else np.arange(len(cells))
+    before, after = len(vocabulary.prefix), len(vocabulary.suffix)
+    pad, where = vocabulary.specials["pad"], device.device()
+
+    @torch.inference_mode()
+    def run() -> np.ndarray:
+        out = np.empty((len(cells), network.config.hidden_size), np.float32)
+        for part in (order[i : i + batch] for i in range(0, len(order), batch)):
+            lengths = torch.tensor([len(cells[i]) for i in part])
+            width = longest if name == FIXED else int(lengths.max())
+            tokens = torch.full((len(part), width), pad)
+            for row, i in zip(tokens, part, strict=True):
+                row[: len(cells[i])] = torch.from_numpy(cells[i].astype(np.int64))
+            places = torch.arange(width)
+            mask = (places < lengths[:, None]).long()
+            inside = ((places >= before) & (places < lengths[:, None] - after)).to(where, torch.float32)[..., None]
+            states = (network if head else network.base_model)(
+                tokens.to(where), attention_mask=mask.to(where), output_hidden_states=True
+            ).hidden_states[-2]
+            out[part] = ((states * inside).sum(1) / inside.sum(1)).cpu().numpy()
+        return out
+
+    return run
+
+
+def _times(rates: dict[str, list[float]], name: str) -> float:
+    """Return how many times ours is as fast: the median over rounds."""
+    return median(a / b for a, b in zip(rates["megacell"], rates[name], strict=True))
+
+
+def _apart(one: np.ndarray, other: np.ndarray, name: str) -> float:
+    """Return the largest difference; refuse to measure two that do not compute the same."""
+    if not np.allclose(one, other, rtol=AGREE, atol=AGREE):
+        raise DataError(f"{name}: its embeddings differ by {np.abs(one - other).max():.1e}; nothing was measured")
+    return float(np.abs(one - other).max())
+
+
+def bench_files(vocabulary: Vocabulary, model: str, rounds: int) -> dict[str, Any]:
+    """Measure a Hugging Face directory's conversion to .nemo, and that file's opening, each in a fresh process."""
+    with tempfile.TemporaryDirectory(prefix="megacell-bench-") as folder:
+        directory, archive = Path(folder) / "model", Path(folder) / "model.nemo"
+        hugging_face.save(random_model(model, vocabulary), directory)
+        converted = []
+        for _ in range(rounds):
+            archive.unlink(missing_ok=True)
+            converted.append(_child(directory, archive))
+        opened = [_child(archive) for _ in range(rounds)]
+        size = archive.stat().st_size
+    return {
+        "model": model,
+        "mib": size / 2**20,
+        "convert_seconds": median(run["seconds"] for run in converted),
+        "convert_memory_of_its_size": max(run["bytes"] for run in converted) / size,
+        "open_seconds": median(run["seconds"] for run in opened),
+        "open_cpu_seconds": median(run["cpu_seconds"] for run in opened),
+        "imports_seconds": median(run["imports_seconds"] for run in opened),
+    }
+
+
+def _child(*paths: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "megacell.geneformer.bench_embed_files", *map(str, paths)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise DataError(f"{paths[0]}: could not be opened: {answer.stderr.strip()[-2000:]}")
+    figures: dict[str, float] = json.loads(answer.stdout.splitlines()[-1])
+    return figures
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Return the figures as lines for a reader."""
+    where = figures["accelerator"] or f"{figures['hardware']['processor']}, {figures['threads']} threads"
+    lines = [
+        f"{figures['date']}, {where}, load {figures['load_average_before']:.1f} before; {figures['model']['name']}, "
+        f"fp32, layer {figures['layer']}, batches of {figures['batch']}",
+        f"tokens a cell (quartiles) {' '.join(map(str, figures['tokens_a_cell'].values()))}; embeddings agree to "
+        f"{max(figures['largest_difference'].values()):.0e}",
+        f"{'':36}{'cells/s':>10}{'megacell is':>14}{'in CPU time':>14}",
+    ]
+    for name, rate in figures["cells_per_second"].items():
+        times = [figures[of][name] for of in ("times", "times_of_cpu") if name in figures[of]]
+        lines.append(f"{name:36}{rate:10,.2f}" + "".join(f"{value:12.1f} x" for value in times))
+    if files := figures.get("files"):
+        lines += [
+            f"{files['model']}, {files['mib']:,.0f} MiB, after imports of {files['imports_seconds']:.1f} s:",
+            f"converted in {files['convert_seconds']:.1f} s, {files['convert_memory_of_its_size']:.1f} times its size",
+            f"opened in {files['open_seconds']:.1f} s ({files['open_cpu_seconds']:.1f} s of CPU)",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model opened, or converted to .nemo, in a process of its own: seconds, and memory beside what imports take."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def _peak() -> int:
+    """Return the most bytes that this process has held so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(arguments: list[str]) -> None:
+    """Open a model; with a second path, write it there as .nemo. Prints one JSON object."""
+    import torch  # noqa: F401, what imports take counts from here
+
+    start = time.perf_counter()
+    from megacell.geneformer.training.device import quiet
+
+    quiet()
+    import megacell.geneformer.model.bert
+    import megacell.geneformer.training.module  # noqa: F401
+    from megacell.geneformer.interchange import nemo
+    from megacell.geneformer.interchange.open import open_model
+
+    imports, before = time.perf_counter() - start, _peak()
+    start, cpu = time.perf_counter(), time.process_time()
+    model = open_model(Path(arguments[0]))
+    if arguments[1:]:
+        nemo.save(model, Path(arguments[1]))
+    figures = {
+        "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "bytes": _peak() - before,
+        "imports_seconds": imports,
+    }  # fmt: skip
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks compute with a model that came from elsewhere."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jobs import groups
+
+
+def computed(path: str, vocabulary: str, lengths: tuple[int, ...], tensor: int) -> dict[str, np.ndarray]:
+    """Fill a network that is cut over the ranks, and return this rank's logits, states and attention of a pack."""
+    import torch
+    from hugging import cells_of
+
+    from megacell.geneformer.embed import hidden_states
+    from megacell.geneformer.interchange.hugging_face import read_sizes
+    from megacell.geneformer.interchange.nemo import read_config
+    from megacell.geneformer.interchange.open import load_into
+    from megacell.geneformer.model.attention import attention_maps
+    from megacell.geneformer.model.bert import PackedBert
+    from megacell.geneformer.model.config import Layout, ModelConfig
+    from megacell.geneformer.vocabulary import Vocabulary
+
+    opened = Vocabulary.open(vocabulary)
+    pack = cells_of(lengths)[0]
+    network = ModelConfig.of(read_config(Path(path))["network"]) if Path(path).is_file() else read_sizes(Path(path))
+    with groups(tensor), torch.inference_mode():
+        bert = PackedBert(network, Layout(tensor=tensor))
+        load_into(bert, network, opened, Path(path))
+        bert.eval()
+        found = {"logits": bert.logits(bert.encode(pack)).numpy()}
+        for layer in range(network.layers):
+            found[f"states {layer}"] = hidden_states(bert, pack, layer).numpy()
+            for cell, weights in enumerate(attention_maps(bert, pack, layer + 1)):
+                found[f"attention {layer} {cell}"] = weights.numpy()
+        return found

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench embed: it measures only what agrees, and once the whole command."""
+
+import json
+
+import numpy as np
+import pytest
+from runs import fine
+
+from megacell.geneformer import bench_embed
+from megacell.geneformer.bench_embed_command import CONTENDERS
+from megacell.geneformer.vocabulary import Vocabulary
+from megacell.store.errors import DataError
+
+
+def test_the_command_knows_the_contenders():
+    assert set(CONTENDERS) == set(bench_embed.CONTENDERS)
+
+
+def test_what_does_not_agree_is_not_measured():
+    ours = np.ones((3, 4), np.float32)
+    assert bench_embed._apart(ours + 1e-6, ours, "some") < 2e-6
+    with pytest.raises(DataError, match=r"some: its embeddings differ by 1\.0e-03"):
+        bench_embed._apart(ours + 1e-3, ours, "some")
+
+
+def test_all_contenders_give_the_same_embeddings_and_figures(store, vocabulary):
+    figures = bench_embed.bench_embed(store, Vocabulary.open(vocabulary), "tiny", 5, 2, 1, list(CONTENDERS))
+    assert list(figures["cells_per_second"]) == ["megacell", *CONTENDERS]
+    assert figures["cells"] == {"megacell": 5, **dict.fromkeys(CONTENDERS, 5), bench_embed.FIXED: 2}
+    assert max(figures["largest_difference"].values()) <= 1e-5
+    of = figures["rounds_cells_per_second"]
+    assert figures["times"]["hugging_face_sorted"] == of["megacell"][0] / of["hugging_face_sorted"][0]
+    assert "hugging_face_fixed" in bench_embed.table(figures)
+
+
+@pytest.mark.exhaustive
+def test_the_command_measures_models_as_well(store, vocabulary, tmp_path):
+    said = fine(
+        "bench", "embed", store, "--vocabulary", vocabulary, "--model", "tiny", "--files", "tiny", "--cells", "4",
+        "--batch", "2", "--rounds", "1", "--json", tmp_path / "f.json",
+    )  # fmt: skip
+    files = json.loads((tmp_path / "f.json").read_text())["files"]
+    assert files["convert_seconds"] > 0
+    assert files["convert_memory_of_its_size"] > 0
+    assert "times its size" in said
