@@ -338,6 +338,16 @@ def test_a_file_with_a_bad_graph_can_be_left_out(how, files, tmp_path):
     assert_same_graph(store.neighbours("distances").rows(slice(None)), ad.read_h5ad(files[1]).obsp["distances"])
 
 
+def test_an_obsp_that_cannot_be_read_is_refused_by_name(with_graphs, save, tmp_path):
+    path = save(with_graphs(60, 1))
+    with h5py.File(path, "r+") as file:
+        del file["obsp"]
+        file["obsp"] = 3
+    with pytest.raises(DataError, match=rf"{path.name}: obsp cannot be read .*fetch it again"):
+        convert(path, tmp_path / "store", allow_subset=True)
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_file_with_a_bad_graph_is_taken_where_the_graph_is_not_asked_for(files, tmp_path):
     spoil(files[0], "NaN")
     convert(files, tmp_path / "store", **ALLOWED)

@@ -95,8 +95,14 @@ class CellSource:
         return self._choice.matrix.stored()
 
     def graph_names(self) -> list[str]:
-        """Return the names of the graphs between cells that the source has."""
-        return self._file.graph_names()
+        """Return the names of the graphs between cells that the source has; DataError if they cannot be read."""
+        try:
+            return self._file.graph_names()
+        except DAMAGE as error:
+            line = first_line(error)
+            raise DataError(
+                f"{self.path}: obsp cannot be read ({line}); the file is damaged, fetch it again"
+            ) from error
 
     def graphs(self, names: Sequence[str]) -> dict[str, Matrix]:
         """Open those of the named graphs between cells that the source has: cells x cells, by row of the source.
