@@ -327,7 +327,9 @@ MODELS = {
     "cells of a foreign species": (
         DATA, ("embed", "{run}", "{mouse}", "--out", "o.npy"), ("mouse.h5ad", "vocabulary"),
     ),
-    "normalised cells": (DATA, ("embed", "{run}", "{normalised}", "--out", "o.npy"), ("normalised.h5ad", "give one that does")),
+    "normalised cells": (
+        DATA, ("embed", "{run}", "{normalised}", "--out", "o.npy"), ("normalised.h5ad", "give one that does"),
+    ),
     "a selection of genes": (
         DATA, ("embed", "{run}", "{selection}", "--out", "o.h5ad"), ("selection.h5ad", "2,000 genes", "--allow-subset"),
     ),
