@@ -55,7 +55,7 @@ def ends(commands: list[Command]) -> list[tuple[int, str]]:
     return [(code, err) for code, _, err in (command.end() for command in commands)]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_a_killed_rank_ends_the_run(rank, running):
     commands, _ = running(["devices=2"])
     os.kill(rank_of(commands, rank), signal.SIGKILL)

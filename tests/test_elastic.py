@@ -75,8 +75,8 @@ def test_beginning_the_optimizers_state_changes_no_weight_at_any_learning_rate(o
     ("saved", "pool", "layout"),
     [
         ("halves", "one_rank", ["devices=1", "parallel.tensor=1"]),
-        ("halves", "two_ranks", ["parallel.tensor=1"]),
-        ("copies", "two_ranks", ["parallel.tensor=2"]),
+        pytest.param("halves", "two_ranks", ["parallel.tensor=1"], marks=pytest.mark.exhaustive),
+        pytest.param("copies", "two_ranks", ["parallel.tensor=2"], marks=pytest.mark.exhaustive),
     ],
     ids=[
         "tensor parallel 2 to one rank",
