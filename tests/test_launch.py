@@ -205,6 +205,7 @@ def slurm(tmp_path):
     return run, {"PATH": path, "FAKE_SLURM": str(folder), "FAKE_RUN": str(run), "FAKE_PORT": str(free_port())}
 
 
+@pytest.mark.exhaustive
 def test_a_slurm_job_saves_before_its_time_is_up_and_is_queued_again_until_done(settings, slurm):
     run, environment = slurm
     given = [o for o in settings if not o.startswith(("steps=", "checkpoint.", "validation."))]
