@@ -19,16 +19,15 @@ import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from dictionaries import dictionary_paths, published_vocabulary
 from measuring import child
 
 from megacell.geneformer import Vocabulary
 from megacell.geneformer.bench import bench_batches, table
-from megacell.geneformer.geneformer_pickles import import_geneformer
 from megacell.store import CellStore, convert
 
 GENES_A_CELL = 1343
 CELLS_AT_ONCE = 500
-DICTIONARIES = ("token_dictionary", "gene_median_dictionary")
 
 
 def _draw(counts: sp.csr_matrix, scale: float, cells: int, rng: np.random.Generator) -> sp.csr_matrix:
@@ -65,7 +64,7 @@ def against_tokenizer(python: Path, folder: Path, vocabulary: Vocabulary, genefo
         sys.executable, "run_megacell.py", "tokenize", folder / "store", folder / "vocabulary", folder / "ours"
     )
     own, figures = np.load(folder / "ours" / "tokens.npz"), dict[str, Any]()
-    paths = [next(geneformer.glob(f"{name}*.pkl")) for name in DICTIONARIES]
+    paths = dictionary_paths(geneformer)
     for dtype in ("float64", "float32"):
         out = folder / dtype
         out.mkdir()
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument("--tokenizer-python", type=Path, metavar="PYTHON", help="an interpreter that has helical")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
-    vocabulary = import_geneformer(*(next(args.geneformer.glob(f"{name}*.pkl")) for name in DICTIONARIES))
+    vocabulary = published_vocabulary(args.geneformer)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         convert(args.sources, folder / "real")

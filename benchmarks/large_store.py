@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import xxhash
 
 from megacell.store.genes import GeneTable
 from megacell.store.manifest import FileRecord, Manifest, ObsColumn, ShardRecord, Source
-from megacell.store.obs import to_table
+from megacell.store.obs_writer import ObsWriter
 from megacell.store.panels import PanelWriter
 from megacell.store.shard import FOLDER, OBS, ArrayWriter
 
@@ -52,14 +51,15 @@ def _shared_files(folder: Path, cells: int) -> dict[str, FileRecord]:
     arrays |= {"overflow_positions": np.zeros(0, np.int64), "overflow_values": np.zeros(0, np.uint32)}
     files = {}
     for name, array in arrays.items():
-        writer = ArrayWriter(folder / f"{name}.npy.shared", array.dtype.name)
-        writer.append(array)
-        files[f"{name}.npy"] = writer.close()
-    types = pd.Categorical.from_codes(np.arange(cells) % 500, OBS_COLUMNS[0].categories)
+        numbers = ArrayWriter(folder / f"{name}.npy.shared", array.dtype.name)
+        numbers.append(array)
+        files[f"{name}.npy"] = numbers.close()
+    types = pd.Categorical([f"type {i % 500}" for i in range(cells)])
     names = pd.Index([f"cell-{i}" for i in range(cells)], dtype=object)
     obs = pd.DataFrame({"cell_type": types, "age": np.arange(cells) % 90}, index=names)
-    pq.write_table(to_table(obs, OBS_COLUMNS), folder / f"{OBS}.shared", compression="zstd")
-    return files | {OBS: FileRecord.of(folder / f"{OBS}.shared")}
+    writer = ObsWriter(folder / f"{OBS}.shared", OBS_COLUMNS)
+    writer.add(obs)
+    return files | {OBS: writer.close()}
 
 
 def _shard(folder: Path, name: str, cells: int, shared: dict[str, FileRecord]) -> ShardRecord:

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 from batches import real_like
+from dictionaries import published_vocabulary
 
 from megacell.geneformer.batches import BatchStream
-from megacell.geneformer.geneformer_pickles import import_geneformer
 from megacell.geneformer.lengths import token_lengths
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore, convert
@@ -135,15 +135,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="a measurement (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
-    dictionaries = [
-        next(args.geneformer.glob(f"{name}*.pkl")) for name in ("token_dictionary", "gene_median_dictionary")
-    ]
+    vocabulary = published_vocabulary(args.geneformer)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         convert(args.sources, Path(folder) / "real")
         real_like(CellStore.open(Path(folder) / "real"), args.cells, Path(folder) / "cells.h5ad")
         convert([Path(folder) / "cells.h5ad"], Path(folder) / "store")
-        figures = compare(CellStore.open(Path(folder) / "store"), import_geneformer(*dictionaries), args.seconds)
+        figures = compare(CellStore.open(Path(folder) / "store"), vocabulary, args.seconds)
     figures = {"cores": os.cpu_count(), "load_average_before": load, "cells_of_a_step": GLOBAL_BATCH, **figures}
     print(f"{figures['cores']} cores, load {load:.1f}; {GLOBAL_BATCH} cells a step, a consumer's step of "
           f"{figures['step_of_the_consumer_ms']:.0f} ms")  # fmt: skip

@@ -73,7 +73,7 @@ def draw_cells(
 def write_cells(path: Path, counts: sp.csr_matrix, first: int = 0, compression: str | None = None) -> None:
     """Write counts to an .h5ad file, with names of cells from number `first` on, cell types and Ensembl-like ids."""
     names = pd.Index([f"cell-{i}" for i in range(first, first + counts.shape[0])], dtype=object)
-    types = pd.Categorical.from_codes(np.arange(counts.shape[0]) % 7, [f"type {i}" for i in range(7)])
+    types = pd.Categorical([f"type {i % 7}" for i in range(counts.shape[0])])
     var = pd.DataFrame({"feature_name": [f"GENE{i}" for i in range(counts.shape[1])]})
     var.index = pd.Index([f"ENSG{i:011d}" for i in range(counts.shape[1])], dtype=object)
     obs = pd.DataFrame({"cell_type": types}, index=names)

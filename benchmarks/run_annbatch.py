@@ -9,7 +9,7 @@ Blocks of one cell are a true shuffle; larger ones mix only what is held at a ti
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata
@@ -44,5 +44,5 @@ def read(collection: str, cells: str, blocks: str, seconds: str) -> dict[str, fl
 
 
 if __name__ == "__main__":
-    task = {"convert": convert, "read": read}[sys.argv[1]]
-    print(json.dumps(task(*sys.argv[2:])))
+    tasks: dict[str, Callable[..., object]] = {"convert": convert, "read": read}
+    print(json.dumps(tasks[sys.argv[1]](*sys.argv[2:])))

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -159,12 +159,12 @@ def open_store(store: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    task = {
+    tasks: dict[str, Callable[..., object]] = {
         "convert": convert,
         "read": read,
         "processes": processes,
         "tokenize": tokenize,
         "h5py": h5py,
         "open": open_store,
-    }[sys.argv[1]]
-    print(json.dumps(task(*sys.argv[2:])))
+    }
+    print(json.dumps(tasks[sys.argv[1]](*sys.argv[2:])))

@@ -7,7 +7,7 @@ PYTHON benchmarks/run_scdl.py read ARCHIVE WORKERS SECONDS
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -42,5 +42,5 @@ def read(archive: str, workers: str, seconds: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    task = {"convert": convert, "read": read}[sys.argv[1]]
-    print(json.dumps(task(*sys.argv[2:])))
+    tasks: dict[str, Callable[..., object]] = {"convert": convert, "read": read}
+    print(json.dumps(tasks[sys.argv[1]](*sys.argv[2:])))

@@ -11,7 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megacell.geneformer.geneformer_pickles import import_geneformer
+from dictionaries import WITH_NAMES, published_vocabulary
+
 from megacell.store import cli, convert
 
 
@@ -21,11 +22,9 @@ def main() -> int:
     parser.add_argument("cells", type=Path, metavar="CELLS")
     parser.add_argument("geneformer", type=Path, metavar="GENEFORMER")
     args, rest = parser.parse_known_args()
-    names = ("token_dictionary", "gene_median_dictionary", "ensembl_mapping_dict", "gene_name_id_dict")
     with tempfile.TemporaryDirectory() as folder:
         convert([args.cells], Path(folder) / "store")
-        paths = [next(args.geneformer.glob(f"{name}*.pkl")) for name in names]
-        import_geneformer(*paths).save(Path(folder) / "vocabulary")
+        published_vocabulary(args.geneformer, WITH_NAMES).save(Path(folder) / "vocabulary")
         command = ["bench", "train", f"store={folder}/store", f"vocabulary={folder}/vocabulary", *rest]
         return cli.main(command)
 
