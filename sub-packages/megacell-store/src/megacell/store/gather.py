@@ -176,6 +176,17 @@ def _put_large(table: Any, shard: int, start: int, out: Any) -> bool:
 
 
 @compiled
+def _prefetch_values(table: Any, shard: int, start: int, n: int) -> None:
+    """Ask for n gene numbers and counts of a shard."""
+    width = 1 << table[shard, INDICES_KIND]
+    for byte in range(start * width, (start + n) * width, CACHE_LINE):
+        _prefetch_line(table[shard, INDICES] + byte)
+    width = 1 << min(table[shard, COUNTS_KIND], 2)
+    for byte in range(start * width, (start + n) * width, CACHE_LINE):
+        _prefetch_line(table[shard, COUNTS] + byte)
+
+
+@compiled
 def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: int, genes: Any, counts: Any) -> int:
     """Copy the rows that `locate` found.
 
@@ -204,6 +215,8 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
         stop = start + len(out_genes)
         if start == stop:
             continue
+        if i + 1 < len(shard_of):
+            _prefetch_values(table, shard_of[i + 1], start_of[i + 1], indptr[i + 2] - indptr[i + 1])
         if table[shard, INDICES_KIND] == 1:
             largest = _copy_genes(numba.carray(_uint16_at(table[shard, INDICES]), stop)[start:], out_genes)
         else:
@@ -250,8 +263,4 @@ def large_count(rows: Any, i: int, j: int) -> int:
 def prefetch_row(rows: Any, i: int) -> None:
     """Have the processor read a row while something else is computed; any i will do."""
     if i < len(rows.shard):
-        n, table, shard, start = rows.indptr[i + 1] - rows.indptr[i], rows.table, rows.shard[i], rows.start[i]
-        for byte in range(0, 2 * n, CACHE_LINE):
-            _prefetch_line(table[shard, INDICES] + 2 * start + byte)
-        for byte in range(0, n, CACHE_LINE):
-            _prefetch_line(table[shard, COUNTS] + start + byte)
+        _prefetch_values(rows.table, rows.shard[i], rows.start[i], rows.indptr[i + 1] - rows.indptr[i])
