@@ -14,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # layouts.py and damages.py, also in processes that tests start
 
+from graph_files import with_graphs
 from layouts import make_anndata, make_counts
 
 from megacell.store import CellStore
@@ -40,6 +41,12 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def files(save: Callable[..., Path]) -> list[Path]:
+    """Three files with graphs, each a shard and more."""
+    return [save(with_graphs(60 + i, i), f"f{i}.h5ad") for i in range(3)]
 
 
 @pytest.fixture

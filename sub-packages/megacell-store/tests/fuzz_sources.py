@@ -139,11 +139,14 @@ def as_matrix(matrix: object) -> np.ndarray:
     return np.asarray(matrix, np.float64)
 
 
-def by_id(matrix: np.ndarray, ids: list[str]) -> pd.DataFrame:
-    """Return counts by gene, equal genes summed."""
+def by_id(matrix: np.ndarray, ids: list[str], symbols: list[str] | None = None) -> pd.DataFrame:
+    """Return counts by gene, equal genes summed; among Ensembl ids, what is none goes by its symbol."""
     named = np.array([str(i).strip() for i in ids], object)
-    if np.mean([bool(re.match(r"ENS[A-Z]*G\d{11}(\..*)?$", i)) for i in named]) >= 0.5:
+    is_id = np.array([bool(re.match(r"ENS[A-Z]*G\d{11}(\..*)?$", i)) for i in named])
+    if is_id.mean() >= 0.5:
         named = np.array([re.sub(r"^(ENS[A-Z]*\d{11})\..*$", r"\1", i, flags=re.S) for i in named], object)
+        if symbols is not None:
+            named = np.where(is_id, named, np.array([str(i).strip() for i in symbols], object))
     frame = pd.DataFrame(matrix, columns=named)
     return frame.loc[:, frame.columns != ""].T.groupby(level=0).sum().T
 
@@ -167,26 +170,28 @@ def oracle(path: Path, form: str, place: str) -> tuple[pd.DataFrame | None, pd.D
     if kind == "10x":
         with h5py.File(path, "r") as file:
             (group,) = (file[name] for name in file if "barcodes" in file[name])
-            ids = [v.decode(errors="replace") for v in group["features/id" if "features" in group else "genes"][()]]
+            places = ("features/id", "features/name") if "features" in group else ("genes", "gene_names")
+            ids, symbols = ([v.decode(errors="replace") for v in group[place][()]] for place in places)
             parts = tuple(group[name][()] for name in ("data", "indices", "indptr"))
             rna = np.ones(len(ids), bool)
             if "features" in group:  # what is said to be something else than a gene is no gene
                 rna = np.array([kind.lower() == b"gene expression" for kind in group["features/feature_type"][()]])
-            own = [gene for gene, is_rna in zip(ids, rna, strict=True) if is_rna]
-            return attempt(lambda: by_id(as_matrix(sp.csr_matrix(parts, group["shape"][:][::-1]))[:, rna], own)), None
+            own = ([name for name, is_rna in zip(names, rna, strict=True) if is_rna] for names in (ids, symbols))
+            return attempt(lambda: by_id(as_matrix(sp.csr_matrix(parts, group["shape"][:][::-1]))[:, rna], *own)), None
     found = next(p for p in path.iterdir() if "matrix.mtx" in p.name)
-    return attempt(lambda: by_id(as_matrix(scipy.io.mmread(found).tocsr().T.tocsr()), ids_of_mtx(path))), None
+    return attempt(lambda: by_id(as_matrix(scipy.io.mmread(found).tocsr().T.tocsr()), *names_of_mtx(path))), None
 
 
-def ids_of_mtx(path: Path) -> list[str]:
+def names_of_mtx(path: Path) -> tuple[list[str], list[str]]:
     (table,) = (p for p in path.iterdir() if p.name.startswith(("features", "genes")))
-    return pd.read_csv(table, sep="\t", header=None, quoting=3, keep_default_na=False, dtype=str)[0].tolist()
+    names = pd.read_csv(table, sep="\t", header=None, quoting=3, keep_default_na=False, dtype=str)
+    return names[0].tolist(), names[1].tolist()
 
 
 def attempt(work: Callable[[], pd.DataFrame]) -> pd.DataFrame | None:
     try:
         return work()
-    except Exception:
+    except Exception:  # what a peer raises for a damaged file is its own affair
         return None
 
 
@@ -283,7 +288,7 @@ def one(folder: Path, form: str, number: int, counts: dict[str, int]) -> str:
     command = ["convert", str(path), "--out", str(store), "--allow-subset", "--allow-low-counts"]
     how, errors = in_child(lambda: main(command), folder / "errors")
     where = f"{form}, variant {number}, {what}: "
-    if how == "exit 1":
+    if how == "exit 1" or (how == "exit 2" and "no source in this folder" in errors):  # its matrix is what made it one
         counts["refused"] += 1
         if len(errors.strip().splitlines()) != 1 or f"{NAME}." not in errors:
             return f"{where}not one line that names the file: {errors[-600:]}"

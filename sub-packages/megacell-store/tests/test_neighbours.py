@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Graphs between cells: what a store holds equals the files' obsp, block by block, however the store was made."""
 
-import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -10,48 +8,14 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from graph_files import ALLOWED, NAMES, assert_same_graph, knn, with_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.neighbors import kneighbors_graph
 
 from megacell.store import CellStore, conversion, convert
 from megacell.store.errors import DataError, UsageError
 from megacell.store.manifest import Manifest
 from megacell.store.verify import verify
-
-ALLOWED = {"allow_subset": True, "shard_bytes": 20_000}
-
-
-def knn(counts, k: int = 6) -> sp.csr_matrix:
-    """Return distances to each cell's nearest, nearest first: float64."""
-    return kneighbors_graph(counts, k, mode="distance")
-
-
-@pytest.fixture
-def with_graphs(made):
-    """A function that makes AnnData of so many cells with `connectivities` (float32) and `distances` (float64)."""
-
-    def make(cells: int, seed: int, **options) -> ad.AnnData:
-        data = made.anndata(made.counts(cells, 300, seed=seed), name=f"s{seed}", **options)
-        data.obs["age"] = np.arange(cells) % 7
-        data.obsp["distances"] = knn(data.X)
-        data.obsp["connectivities"] = data.obsp["distances"].copy().astype(np.float32)
-        data.obsp["connectivities"].data[:] = 1 / (1 + data.obsp["connectivities"].data)
-        return data
-
-    return make
-
-
-def assert_same_graph(found: sp.spmatrix, expected: sp.spmatrix) -> None:
-    """Edges and weights, bit for bit, whatever their order."""
-    found, expected = sp.csr_matrix(found).copy(), sp.csr_matrix(expected).copy()
-    for matrix in (found, expected):
-        matrix.sort_indices()
-    assert found.shape == expected.shape
-    np.testing.assert_array_equal(found.indptr, expected.indptr)
-    np.testing.assert_array_equal(found.indices, expected.indices)
-    np.testing.assert_array_equal(found.data, expected.data)
-
 
 LAYOUTS = {
     "csr": sp.csr_matrix,
@@ -64,7 +28,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("form", "layout"), [*(("h5ad", layout) for layout in LAYOUTS), ("zarr", "csr"), ("zarr", "csc")]
 )
-def test_a_graph_comes_back_edge_by_edge(form, layout, with_graphs, tmp_path):
+def test_a_graph_comes_back_edge_by_edge(form, layout, tmp_path):
     data = with_graphs(60, 1)
     expected = data.obsp["distances"].copy()
     data.obsp["distances"] = LAYOUTS[layout](expected)
@@ -77,7 +41,7 @@ def test_a_graph_comes_back_edge_by_edge(form, layout, with_graphs, tmp_path):
     assert verify(tmp_path / "store").damages == []
 
 
-def test_weights_keep_their_type_and_neighbours_their_order(with_graphs, save, tmp_path):
+def test_weights_keep_their_type_and_neighbours_their_order(save, tmp_path):
     data = with_graphs(60, 1)
     convert(save(data), tmp_path / "store", neighbours=["connectivities", "distances"], **ALLOWED)
     store = CellStore.open(tmp_path / "store")
@@ -97,7 +61,7 @@ def test_weights_keep_their_type_and_neighbours_their_order(with_graphs, save, t
     ]
 
 
-def test_several_files_make_diagonal_blocks_and_one_without_a_graph_none(with_graphs, made, save, tmp_path):
+def test_several_files_make_diagonal_blocks_and_one_without_a_graph_none(made, save, tmp_path):
     first, third = with_graphs(50, 1), with_graphs(70, 3)
     third.obsp["distances"] = third.obsp["distances"].astype(np.float32)
     files = [save(first, "a.h5ad"), save(made.counts(40, 300, seed=2), "b.h5ad"), save(third, "c.h5ad")]
@@ -112,7 +76,7 @@ def test_several_files_make_diagonal_blocks_and_one_without_a_graph_none(with_gr
 
 
 @pytest.mark.parametrize("options", [{"where": "age < 5"}, {"min_counts": 2500}], ids=["by a query", "by their counts"])
-def test_edges_to_cells_that_were_left_out_are_dropped_and_said(options, with_graphs, save, tmp_path):
+def test_edges_to_cells_that_were_left_out_are_dropped_and_said(options, save, tmp_path):
     data = with_graphs(80, 1)
     keep = np.asarray(data.obs["age"] < 5) if "where" in options else np.asarray(data.X.sum(1) >= 2500).ravel()
     assert 10 < keep.sum() < 75
@@ -161,15 +125,6 @@ def check_blocks(made, tmp_path_factory, data) -> None:
 
 
 # -- however the work is done
-
-
-@pytest.fixture
-def files(with_graphs, save) -> list[Path]:
-    """Three files, each a shard and more."""
-    return [save(with_graphs(60 + i, i), f"f{i}.h5ad") for i in range(3)]
-
-
-NAMES = ("distances", "connectivities")
 
 
 @pytest.fixture
@@ -227,7 +182,7 @@ def test_another_choice_of_graphs_is_another_request(files, tmp_path, monkeypatc
     assert list(CellStore.open(tmp_path / "store").manifest.graphs) == ["distances"]
 
 
-def test_appending_grows_a_graph_and_older_readers_keep_theirs(files, with_graphs, made, save, tmp_path):
+def test_appending_grows_a_graph_and_older_readers_keep_theirs(files, made, save, tmp_path):
     store, blocks = tmp_path / "store", [ad.read_h5ad(file).obsp["distances"] for file in files]
     convert(files[0], store, neighbours="distances", **ALLOWED)
     old = CellStore.open(store)
@@ -250,7 +205,7 @@ def test_appending_grows_a_graph_and_older_readers_keep_theirs(files, with_graph
     assert verify(store).files == sum(path.is_file() for path in store.rglob("*"))
 
 
-def test_a_grown_graph_widens_its_weights_where_it_must(with_graphs, save, tmp_path):
+def test_a_grown_graph_widens_its_weights_where_it_must(save, tmp_path):
     first, second = with_graphs(40, 1), with_graphs(50, 2)
     second.obsp["connectivities"] = second.obsp["distances"]
     convert(save(first, "a.h5ad"), tmp_path / "store", neighbours="connectivities", **ALLOWED)
@@ -338,7 +293,7 @@ def test_a_file_with_a_bad_graph_can_be_left_out(how, files, tmp_path):
     assert_same_graph(store.neighbours("distances").rows(slice(None)), ad.read_h5ad(files[1]).obsp["distances"])
 
 
-def test_an_obsp_that_cannot_be_read_is_refused_by_name(with_graphs, save, tmp_path):
+def test_an_obsp_that_cannot_be_read_is_refused_by_name(save, tmp_path):
     path = save(with_graphs(60, 1))
     with h5py.File(path, "r+") as file:
         del file["obsp"]
@@ -355,147 +310,6 @@ def test_a_file_with_a_bad_graph_is_taken_where_the_graph_is_not_asked_for(files
     assert len(store) == 183
     with pytest.raises(DataError, match="no graph 'distances'; it has none"):
         store.neighbours("distances")
-
-
-# -- reading
-
-
-@pytest.fixture
-def store(files, tmp_path) -> CellStore:
-    convert(files[:2], tmp_path / "store", neighbours=NAMES, **ALLOWED)
-    return CellStore.open(tmp_path / "store")
-
-
-def mapped_file(address: int) -> str:
-    """Return the file that this process has mapped at an address, as the system tells."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        first, last = (int(end, 16) for end in line.split()[0].split("-"))
-        if first <= address < last:
-            return line.split(maxsplit=5)[-1]
-    return ""
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
-def test_neighbours_are_views_of_mapped_files(store):
-    graph = store.neighbours("distances")
-    assert graph is store.neighbours("distances")
-    ids, weights = graph.of(5)
-    for array, again, name in zip((ids, weights), graph.of(5), ("indices.npy", "weights.npy"), strict=True):
-        assert array.ctypes.data == again.ctypes.data
-        assert mapped_file(array.ctypes.data).endswith(f"neighbours/distances-1/{name}")
-    with pytest.raises(ValueError, match="read-only"):
-        ids[0] = 1
-
-
-def test_a_graph_pickles_as_a_path(store, monkeypatch, tmp_path):
-    monkeypatch.chdir(store.path.parent)
-    graph = CellStore.open("store").neighbours("distances")
-    expected = graph.rows([3, 100])
-    content = pickle.dumps(graph)
-    monkeypatch.chdir(tmp_path / "..")
-    assert len(content) < 1000
-    assert_same_graph(pickle.loads(content).rows([3, 100]), expected)  # our own bytes
-
-
-@pytest.mark.parametrize("cells", [[3, 3, 100, 0], slice(110, 2, -3), np.arange(121) % 4 == 0, []])
-def test_rows_take_cells_as_the_stores_rows_do(cells, store, files):
-    expected = sp.block_diag([ad.read_h5ad(file).obsp["distances"] for file in files[:2]], format="csr")
-    assert_same_graph(store.neighbours("distances").rows(cells), expected[cells])
-
-
-def test_a_cell_that_is_not_there_is_an_error(store):
-    graph = store.neighbours("distances")
-    for ask in (lambda: graph.of(121), lambda: graph.of(-1), lambda: graph.rows([121]), lambda: graph.sample([121])):
-        with pytest.raises(DataError, match=r"no cell (121|-1); there are 121"):
-            ask()
-
-
-@pytest.mark.parametrize("weighted", [True, False], ids=["by weight", "all alike"])
-def test_a_draw_depends_on_the_seed_and_the_cell_alone(weighted, store):
-    graph = store.neighbours("connectivities")
-    whole = graph.sample(slice(None), 8, seed=3, weighted=weighted)
-    assert whole.dtype == np.int64
-    order = np.random.default_rng(0).permutation(121)
-    np.testing.assert_array_equal(graph.sample(order, 8, seed=3, weighted=weighted), whole[order])
-    np.testing.assert_array_equal(graph.sample([7], 3, seed=3, weighted=weighted), whole[[7], :3])
-    assert (graph.sample(slice(None), 8, seed=4, weighted=weighted) != whole).mean() > 0.5
-    for cell in (0, 60, 120):
-        assert set(whole[cell]) <= set(graph.of(cell)[0].tolist())
-
-
-@pytest.mark.parametrize("weighted", [True, False], ids=["by weight", "all alike"])
-def test_neighbours_are_drawn_as_often_as_they_should_be(weighted, store):
-    graph = store.neighbours("connectivities")
-    n = 20_000
-    for cell, drawn in enumerate(graph.sample(slice(20), n, seed=1, weighted=weighted)):
-        ids, weights = graph.of(cell)
-        share = weights / weights.sum(dtype=np.float64) if weighted else np.full(len(ids), 1 / len(ids))
-        found = np.array([(drawn == each).sum() for each in ids]) / n
-        assert (np.abs(found - share) < 5 * np.sqrt(share * (1 - share) / n)).all()
-
-
-def test_cells_without_neighbours_give_themselves(with_graphs, made, save, tmp_path):
-    data = with_graphs(60, 1)
-    graph = data.obsp["distances"].tolil()
-    graph[5] = 0
-    data.obsp["distances"] = graph.tocsr()
-    zeros = slice(data.obsp["distances"].indptr[8], data.obsp["distances"].indptr[9])
-    data.obsp["distances"].data[zeros] = 0
-    data.obsp["distances"].data[data.obsp["distances"].indptr[9]] = -1
-    convert(save(data), tmp_path / "store", neighbours="distances", **ALLOWED)
-    convert(save(made.counts(10, 300, seed=2), "b.h5ad"), tmp_path / "store", append=True, **ALLOWED)
-    found = CellStore.open(tmp_path / "store").neighbours("distances")
-    assert found.sample([5, 65, 69], 2).tolist() == [[5, 5], [65, 65], [69, 69]]
-    assert found.sample([8], 2).tolist() == [[8, 8]]
-    assert len(found.of(8)[0]) == 6
-    assert 8 not in found.sample([8], 20, weighted=False)
-    with pytest.raises(DataError, match="cell 9 has negative weights in distances; draw with weighted=False"):
-        found.sample(slice(None))
-    assert set(found.sample([9], 50, weighted=False)[0]) <= set(found.of(9)[0].tolist())
-
-
-@pytest.mark.parametrize("options", [{"seed": -1}, {"seed": 2**64}, {"n": -1}])
-def test_a_seed_or_number_out_of_range_is_wrong_usage(options, store):
-    with pytest.raises(UsageError):
-        store.neighbours("distances").sample([0], **options)
-
-
-@pytest.mark.parametrize(
-    ("name", "position", "value"), [("indptr", 5, 2**40), ("indptr", 5, -3), ("indices", 30, 2**32 - 1)]
-)
-def test_numbers_that_lead_astray_are_an_error_and_no_crash(store, name, position, value):
-    path = store.path / f"neighbours/distances-1/{name}.npy"
-    array = np.load(path)
-    array[position] = value
-    np.save(path, array)
-    graph = CellStore.open(store.path).neighbours("distances")
-    for ask in (
-        lambda: [graph.of(i) for i in range(9)],
-        lambda: graph.rows(slice(9)),
-        lambda: graph.sample(range(9), 99),
-    ):
-        with pytest.raises(DataError, match=r"distances-1: damaged; run `megacell verify"):
-            ask()
-    assert any("distances-1" in line for line in verify(store.path).damages)
-
-
-@pytest.mark.parametrize("name", ["indptr.npy", "indices.npy", "weights.npy"])
-def test_a_truncated_or_missing_array_is_found_before_it_is_read(name, store):
-    path = store.path / "neighbours/distances-1" / name
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"{name}.*bytes, should be"):
-        CellStore.open(store.path).neighbours("distances").of(0)
-    path.unlink()
-    with pytest.raises(DataError, match=rf"{name}.*cannot be read"):
-        CellStore.open(store.path).neighbours("distances").of(0)
-
-
-def test_a_graph_with_another_writers_name_is_found_by_it(store):
-    """A name without a generation is the graph's own."""
-    (store.path / "neighbours/distances-1").rename(store.path / "neighbours/plain")
-    renamed = replace(store.manifest, neighbours={"plain": store.manifest.neighbours["distances-1"]})
-    (store.path / "manifest.json").write_bytes(renamed.dumps())
-    assert CellStore.open(store.path).neighbours("plain").edges == store.neighbours("distances").edges
 
 
 def test_real_cells_keep_their_nearest_neighbours(real_cells, tmp_path):

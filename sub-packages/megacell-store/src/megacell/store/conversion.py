@@ -284,7 +284,7 @@ class _Job:
             with open_target(self.store, append=self.append) as before:
                 try:
                     self._plan(before, bar)
-                except Exception:
+                except Exception:  # a kill or Ctrl-C leaves what the next run goes on with
                     refuse_running_parts(self.store)
                     sweep(self.store)
                     raise

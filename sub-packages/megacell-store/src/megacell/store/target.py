@@ -74,7 +74,7 @@ def sweeping(store: Path) -> Iterator[None]:
         if load_plan(store) is None and not any(store.glob(f"compaction-*{TEMPORARY}")):
             sweep(store)  # there is nothing that the next run could go on with
         raise
-    except Exception:
+    except Exception:  # not Ctrl-C, after which the next run goes on with the plan
         sweep(store)
         raise
 

@@ -28,7 +28,7 @@ SLACK = 1 << 24  # bytes that any archive may unpack to
 BROKEN = (  # what damaged or malicious files make the readers of tar, zip, safetensors and torch raise
     tarfile.TarError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, zipfile.LargeZipFile, OSError,
     EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, MemoryError, OverflowError,
-    NotImplementedError,
+    NotImplementedError,  # zipfile, of a compression that it does not know
 )  # fmt: skip
 
 
