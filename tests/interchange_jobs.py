@@ -35,3 +35,18 @@ def computed(path: str, vocabulary: str, lengths: tuple[int, ...], tensor: int) 
             for cell, weights in enumerate(attention_maps(bert, pack, layer + 1)):
                 found[f"attention {layer} {cell}"] = weights.numpy()
         return found
+
+
+def restored(path: str, pack: dict[str, np.ndarray], tensor: int) -> tuple[np.ndarray, str]:
+    """Restore a .nemo file where tensor parallel groups stand; return this rank's logits, and why it can't be saved."""
+    import pytest
+    from restore import logits
+
+    from megacell.geneformer.training.module import GeneformerModel
+    from megacell.store.errors import UsageError
+
+    with groups(tensor):
+        model = GeneformerModel.restore_from(path).eval()
+        with pytest.raises(UsageError) as refused:
+            model.weights()
+        return logits(model, pack), str(refused.value)

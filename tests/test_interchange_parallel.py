@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from hugging import BOTH, VOCABULARY, cells_of, theirs
-from interchange_jobs import computed
+from interchange_jobs import computed, restored
+from restore import logits
 
 from megacell.geneformer.interchange import nemo
 from megacell.geneformer.interchange.open import open_model
@@ -53,3 +54,16 @@ def test_logits_states_and_attention_over_two_ranks_are_those_of_transformers(
         for cell, length in enumerate(LENGTHS):
             name = f"attention {layer} {cell}"
             close(np.concatenate([one[name], other[name]]), expected.attentions[layer][cell, :, :length, :length])
+
+
+@pytest.mark.parametrize(("norm", "activation"), [("post", "relu"), ("pre", "gelu")], ids=["post-LN", "pre-LN"])
+def test_a_nemo_file_is_restored_over_two_ranks_as_in_one_process(norm, activation, two_ranks, vocabulary, tmp_path):
+    reference = theirs(ModelConfig(**BOTH, norm=norm, activation=activation, tied_head=True, hidden_dropout=0.02))
+    reference.save_pretrained(path := tmp_path / "published")
+    whole = open_model(path, Vocabulary.open(vocabulary))
+    nemo.save(whole, path := tmp_path / "model.nemo")
+    made = cells_of(LENGTHS)[0]
+    pack = {name: getattr(made, name).numpy() for name in ("tokens", "positions", "cu_seqlens", "masked", "labels")}
+    (one, refused), (other, _) = two_ranks.run(restored, str(path), pack, 2)
+    assert "each rank has a part" in refused
+    np.testing.assert_allclose(np.concatenate([one, other], 1), logits(whole, pack), rtol=1e-5, atol=1e-5)

@@ -16,6 +16,7 @@ from megacell.geneformer.interchange.nemo import NemoArchive
 from megacell.geneformer.model.config import Layout, ModelConfig
 from megacell.geneformer.training import device
 from megacell.geneformer.vocabulary import Vocabulary
+from megacell.store.errors import UsageError
 
 TARGET = "nemo.core.classes.modelPT.ModelPT"  # NeMo 3 refuses a .nemo whose target lies outside its own packages
 
@@ -49,15 +50,29 @@ class GeneformerModel(ModelPT):
 
     def build(self) -> None:
         """Make the network on this rank, its weights still to be filled."""
+        from megatron.core import parallel_state
+
         from megacell.geneformer.model.bert import PackedBert
 
         if self.bert is None:
-            self.bert = PackedBert(self.sizes, self.run.layout if self.run else Layout(precision=self.cfg.precision))
+            tensor = parallel_state.get_tensor_model_parallel_world_size()
+            layout = self.run.layout if self.run else Layout(tensor=tensor, precision=self.cfg.precision)
+            self.bert = PackedBert(self.sizes, layout)
             if self.run:
                 self.run.fill(self.bert)
 
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """Take whole weights, or of them what belongs to this rank where tensor parallel groups stand."""
+        from megacell.geneformer.model.init import copy_whole
+
+        if self.bert is None or self.bert.tp_group.size() == 1:
+            return super().load_state_dict(state_dict, strict, assign)
+        return copy_whole(self.bert, {name.removeprefix("bert."): whole for name, whole in state_dict.items()})
+
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the whole weights on the CPU, by name; of a model in one process."""
+        """Return the whole weights on the CPU, by name; UsageError for a model that is cut over several ranks."""
+        if self.bert.tp_group.size() > 1:
+            raise UsageError("each rank has a part of this model only: export its run, or restore it in one process")
         return {k: v.cpu() for k, v in self.state_dict().items() if isinstance(v, torch.Tensor)}
 
     def save_to(self, save_path: str) -> None:
@@ -67,7 +82,10 @@ class GeneformerModel(ModelPT):
 
     @classmethod
     def restore_from(cls, restore_path: str, *args, save_restore_connector=None, **kwargs) -> "GeneformerModel":
-        """Restore a .nemo file in this one process, as NeMo's ``ModelPT.restore_from``, with its vocabulary."""
+        """Restore a .nemo file, as NeMo's ``ModelPT.restore_from``, with its vocabulary.
+
+        Where Megatron's tensor parallel groups stand each rank gets its part, else this one process gets it whole.
+        """
         from megacell.geneformer.interchange.nemo import check_archive
 
         check_archive(Path(restore_path))
