@@ -94,6 +94,12 @@ def test_process_gives_the_tokens_that_rank_encode_gives(model, cells):
     assert found.gene_ids[0] == ""
 
 
+def test_a_notebook_shows_what_it_holds(model, cells):
+    assert repr(model) == "Geneformer(3 layers x 32, pre-LN, made-up: 100 genes, cells of up to 64 tokens)"
+    processed = model.process(cells, **GIVEN)
+    assert repr(processed) == f"TokenizedCells(50 cells, {len(processed.tokens):,} tokens)"
+
+
 def test_attention_of_each_cell_sums_to_one_over_its_own_tokens(model, cells):
     found = list(model.attention(cells, layer=2, **GIVEN))
     assert [name for name, _, _ in found] == [name for i, name in enumerate(cells.obs_names) if i != EMPTY]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LEVELS = ("cell", "gene")
 
 
-@dataclass
+@dataclass(repr=False)
 class TokenizedCells:
     """Cells as a model sees them, in the input's order.
 
@@ -50,8 +50,11 @@ class TokenizedCells:
     def __len__(self) -> int:
         return len(self.cells)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} cells, {len(self.tokens):,} tokens)"
 
-@dataclass
+
+@dataclass(repr=False)
 class GeneEmbeddings(TokenizedCells):
     """Tokens with their hidden states: ``values`` float32 [T, hidden]."""
 
@@ -70,6 +73,13 @@ class Geneformer:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+
+    def __repr__(self) -> str:
+        sizes, words = self.model.sizes, self.vocabulary
+        return (
+            f"Geneformer({sizes.layers} layers x {sizes.hidden}, {sizes.norm}-LN, {words.name}: "
+            f"{len(words.gene_ids):,} genes, cells of up to {sizes.max_length:,} tokens)"
+        )
 
     @classmethod
     def load(
