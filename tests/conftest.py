@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "sub-packages/megacell-geneformer/tests"))  # hugging.py
 sys.path.insert(0, str(Path(__file__).parent))  # jobs.py and ranks.py, also in the ranks' own processes
 
 from runs import TINY, fine

@@ -2,6 +2,7 @@
 """Real cells and published dictionaries, and a small store in memory for what real files do not show."""
 
 import os
+import sys
 from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # hugging.py
 
 settings.register_profile("megacell", deadline=None)  # a first example may have to wait for the compiler
 settings.load_profile("megacell")

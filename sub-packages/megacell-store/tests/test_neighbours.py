@@ -91,7 +91,7 @@ def test_edges_to_cells_that_were_left_out_are_dropped_and_said(options, save, t
 
 @pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.exhaustive)], ids=["some", "many"])
 def test_whatever_the_files_filters_and_shards_the_graph_is_the_files_blocks(examples, made, tmp_path_factory):
-    given(data=st.data())(settings(max_examples=examples, deadline=None)(check_blocks))(made, tmp_path_factory)
+    settings(max_examples=examples, deadline=None)(given(data=st.data())(check_blocks))(made, tmp_path_factory)
 
 
 def check_blocks(made, tmp_path_factory, data) -> None:
