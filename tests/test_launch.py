@@ -3,6 +3,7 @@
 
 import csv
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from megacell.geneformer import lengths
+from megacell.geneformer.training import sweep as sweep_module
 from megacell.store.cli import main as megacell
 from ranks import free_port
 
@@ -243,6 +246,40 @@ def test_a_sweep_is_a_run_for_each_value_as_if_started_by_itself(settings, refer
     assert losses(one) == reference
     assert losses(two) != reference
     assert losses(two)[0] == reference[0]
+
+
+class Heard(logging.Handler):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one record."""
+        self.said.append(record.getMessage())
+
+
+@pytest.fixture
+def heard():
+    """What one of our modules says in its log; Hydra's own changes to the root of all logs are undone."""
+    root, handler = logging.getLogger(), Heard()
+    kept = root.handlers[:], root.level, lengths.log.disabled
+    lengths.log.addHandler(handler)
+    yield handler.said
+    lengths.log.removeHandler(handler)
+    root.handlers[:], root.level, lengths.log.disabled = kept
+
+
+def test_warnings_of_ours_are_heard_in_a_sweep_and_after_it(settings, heard, tmp_path, monkeypatch):
+    def one(cfg) -> float:
+        lengths.log.warning("in run %s", cfg.seed)
+        return 0.0
+
+    monkeypatch.setattr(sweep_module, "one", one)
+    assert sweep_module.main([*settings, f"out={tmp_path / 'sweep'}", "seed=1,2"]) == 0
+    lengths.log.warning("after it")
+    assert heard == ["in run 1", "in run 2", "after it"]
 
 
 @pytest.mark.exhaustive

@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from megacell.geneformer.training.settings import ELSEWHERE, config_dir, key_of
 from megacell.store.errors import UsageError
 
-OURS = (  # a run's folder is SWEEP/0, SWEEP/1, …, and Hydra puts nothing into it
+OURS = (  # a run's folder is SWEEP/0, SWEEP/1, …, and Hydra puts nothing into it; loggers stay as they are
     "hydra.sweep.dir=${out}", "hydra.sweep.subdir=${hydra.job.num}", "hydra.output_subdir=null",
-    "hydra/job_logging=disabled",
+    "hydra/job_logging=none",
 )  # fmt: skip
 
 
