@@ -39,6 +39,30 @@ LACKING = {  # what the published figures do not say, or only the user can
 }
 
 
+OPTIONS = {  # heads, length, dropouts of hidden states and attention, norm, activation
+    "geneformer_v1_10m": (4, 2048, 0.02, 0.02, "post", "relu"),
+    "geneformer_v1_40m": (8, 2048, 0.02, 0.02, "post", "relu"),
+    "geneformer_v2_38m": (8, 4096, 0.02, 0.02, "post", "relu"),
+    "geneformer_v2_151m": (14, 4096, 0.02, 0.02, "post", "relu"),
+    "geneformer_v2_104m": (12, 4096, 0.1, 0.1, "post", "relu"),
+    "geneformer_v2_316m": (18, 4096, 0.1, 0.1, "post", "relu"),
+    "geneformer_10m": (4, 2048, 0.02, 0.1, "pre", "gelu"),
+    "geneformer_31m": (8, 1024, 0.02, 0.1, "pre", "gelu"),
+    "geneformer_106m": (12, 2048, 0.02, 0.1, "pre", "gelu"),
+    "geneformer_1b": (20, 2048, 0.1, 0.1, "pre", "gelu"),
+}
+TRAINING = {  # rate, schedule, warm-up, weight decay, cells a step, steps where published, precision, random genes
+    "geneformer_v1_10m": (1e-3, "linear", 10_000, 0.001, 144, 570_963, "fp32", 0.1),
+    "geneformer_v1_40m": (5e-4, "linear", 10_000, 0.001, 48, 1_712_889, "fp32", 0.1),
+    "geneformer_v2_38m": (5e-4, "cosine", 5_000, 0.001, 32, None, "fp32", 0.1),
+    "geneformer_v2_104m": (2e-4, "cosine", 0.007, 0.001, 234, None, "fp32", 0.1),
+    "geneformer_v2_104m_clcancer": (2e-4, "cosine", 0.007, 0.001, 234, None, "fp32", 0.1),
+    "geneformer_10m": (1e-3, "cosine", 0.01, 0.1, 2048, 115_430, "bf16", 0.02),
+    "geneformer_106m": (1e-3, "cosine", 0.01, 0.1, 2048, 115_430, "bf16", 0.02),
+    "geneformer_1b": (4e-4, "cosine", 500, 0.1, None, 123_125, "bf16", 0.02),
+}
+
+
 def network(name: str, vocabulary: int) -> ModelConfig:
     values = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / f"{name}.yaml"))
     return ModelConfig.of({**values, "vocabulary_size": vocabulary})
@@ -46,6 +70,28 @@ def network(name: str, vocabulary: int) -> ModelConfig:
 
 def test_every_model_but_tiny_has_its_count_here():
     assert set(GROUPS["model"]) == {*COUNTS, "tiny"}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_model_has_the_published_options(name):
+    sizes = network(name, 1000)
+    dropouts = sizes.hidden_dropout, sizes.attention_dropout
+    assert (sizes.heads, sizes.max_length, *dropouts, sizes.norm, sizes.activation) == OPTIONS[name]
+    assert (sizes.tied_head, sizes.init_std, sizes.layernorm_epsilon) == (True, 0.02, 1e-12)
+    assert set(OPTIONS) == set(COUNTS)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_an_experiment_has_the_published_training(name):
+    *rest, cells, steps, precision, random = TRAINING[name]
+    cfg = settings.compose([*GIVEN, f"experiment={name}", *LACKING.get(name, [])])
+    assert [cfg.optim[key] for key in ("lr", "schedule", "warmup", "weight_decay")] == rest
+    assert (cfg.optim.beta1, cfg.optim.beta2, cfg.optim.clip) == (0.9, 0.999, 1.0)
+    assert cells is None or cfg.batch.cells == cells
+    assert steps is None or cfg.steps == steps
+    masking = cfg.data.masking
+    assert (cfg.precision, masking.rate, masking.mask, masking.random) == (precision, 0.15, 0.8, random)
+    assert set(TRAINING) == set(GROUPS["experiment"]) - {"demo"}
 
 
 @pytest.mark.parametrize("name", COUNTS)
