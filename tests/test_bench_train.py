@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from runs import fine
 
-from megacell.geneformer.bench_train import Protocol, _cut, _figures, chart, flops_a_token
+from megacell.geneformer.bench_train import Protocol, _cut, _figures, evenness, flops_a_token, times
 from megacell.geneformer.bench_train_references import IGNORED, batches
+from megacell.geneformer.bench_train_report import chart
 from megacell.geneformer.training import settings
 from megacell.geneformer.training.data import TrainingData
+from megacell.store.cli import main as megacell
 
 HEAD = "step,loss,tokens_per_second,data_wait,engine,memory_gib,cells,tokens"
 
@@ -60,18 +62,55 @@ def test_required_flops_are_those_of_the_published_arithmetic():
     assert (round(masked / 1e6), round(whole / 1e6)) == (63, 96)
 
 
+def test_ours_is_compared_by_precision_with_as_many_cells_or_else_its_fastest():
+    def found(name, cells, precision, rate):
+        return {"name": name, "cells": cells, "precision": precision, "tokens_per_second": rate}
+
+    ours = [
+        found("megacell", 16, "fp32", 10.0),
+        found("megacell", 32, "fp32", 8.0),
+        found("megacell", 64, "bf16", 30.0),
+    ]
+    theirs = [found("hugging_face", cells, "fp32", 2.0) for cells in (16, 32, 99)]
+    every = {str(n): each for n, each in enumerate([*ours, *theirs])}
+    assert [times(every, each) for each in theirs] == [
+        {"fp32": 5.0, "bf16": 15.0}, {"fp32": 4.0, "bf16": 15.0}, {"fp32": 5.0, "bf16": 15.0},
+    ]  # fmt: skip
+
+
+def test_the_fill_is_that_of_the_packs(cfg):
+    stream = TrainingData.open(cfg).stream()
+    packs = [pack for k in range(20) for pack in stream.step(k)]
+    imbalance, fill = evenness(cfg, 1)
+    assert imbalance == 0
+    assert fill == pytest.approx(sum(p.n_tokens for p in packs) / sum(len(p.tokens) for p in packs), rel=1e-3)
+    assert fill < 1
+    assert evenness(cfg, 4)[0] > 0
+
+
+def test_a_precision_that_is_none_is_refused(capsys):
+    assert megacell(["bench", "train", "store=s", "vocabulary=v", "--precisions", "fp32,fp8"]) == 2
+    assert "--precisions fp8: choose of fp32, bf16, fp16" in capsys.readouterr().err
+
+
 @pytest.mark.exhaustive
-def test_the_command_measures_all_contenders(store, vocabulary, tmp_path):
+def test_the_command_measures_all_contenders_in_each_precision_with_each_batch(store, vocabulary, tmp_path):
     json_file, picture = tmp_path / "f.json", tmp_path / "f.png"
     said = fine(
-        "bench", "train", f"store={store}", f"vocabulary={vocabulary}", "model=tiny", "batch.cells=4", "--batches", "2",
-        "--warmup", "2", "--seconds", "1", "--windows", "2", "--json", json_file, "--chart", picture,
+        "bench", "train", f"store={store}", f"vocabulary={vocabulary}", "model=tiny", "--batches", "2,4",
+        "--precisions", "fp16,fp32", "--warmup", "2", "--seconds", "1", "--windows", "2", "--json", json_file,
+        "--chart", picture,
     )  # fmt: skip
     figures = json.loads(json_file.read_text())
-    assert list(figures["contenders"]) == [
-        "megacell", "hugging_face, 2 cells", "hugging_face_grouped, 2 cells", "stock_megatron, 2 cells",
-    ]  # fmt: skip
-    assert all(each["tokens_per_second"] > 0 for each in figures["contenders"].values())
-    assert "time outside the engine" in said
+    names = ("megacell", "hugging_face", "hugging_face_grouped", "stock_megatron")
+    assert set(figures["contenders"]) == {
+        f"{name}, {cells} cells, {precision}" for name in names for cells in (2, 4) for precision in ("fp16", "fp32")
+    }
+    for each in figures["contenders"].values():
+        assert each["padded_tokens_per_second"] > each["tokens_per_second"] > 0
+        assert each["tokens_per_second_a_rank"] == each["tokens_per_second"]
+        assert 0 < each["real_of_computed"] < 1
+    assert figures["times"].keys() == {name for name in figures["contenders"] if not name.startswith("megacell")}
+    assert "padded tokens/s" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
     chart(figures, tmp_path / "again.svg")

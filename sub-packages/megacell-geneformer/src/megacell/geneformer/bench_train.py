@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,8 @@ from megacell.store.errors import DataError
 from megacell.store.measured_on import where_and_when
 
 ENDLESS = 1_000_000  # steps; a signal ends the run
+EVENNESS_STEPS = 20  # steps whose packs tell how many of the computed tokens are real
+MEGACELL = (sys.executable, "-m", "megacell.store.cli")
 PEAKS = {  # dense 16-bit TFLOP/s as the vendor states them, by a part of the GPU's name
     "A100": 312.0,
     "H100": 989.0,
@@ -44,18 +47,25 @@ class Protocol:
 
 
 def bench_train(
-    overrides: list[str], references: list[str], batches: list[int], protocol: Protocol, log: Any = print
+    overrides: list[str],
+    references: list[str],
+    batches: list[int],
+    precisions: list[str],
+    protocol: Protocol,
+    log: Any = print,
 ) -> dict[str, Any]:
-    """Measure one configuration of `megacell pretrain`, and references on the same cells.
+    """Measure `megacell pretrain`, and references on the same cells, with each size of batch in each precision.
 
     Parameters
     ----------
     overrides : list of str
-        As for `megacell pretrain`, without ``out``.
+        As for `megacell pretrain`, without ``out``. With ``batch.cells`` given, ours is measured with that alone.
     references : list of str
         Of ``hugging_face``, ``hugging_face_grouped`` and ``stock_megatron``.
     batches : list of int
-        Cells a step of the references, each of which is measured with each.
+        Cells of a step.
+    precisions : list of str
+        Of ``fp32``, ``bf16`` and ``fp16``; none: that of the settings.
     protocol : Protocol
 
     Returns
@@ -68,40 +78,60 @@ def bench_train(
     DataError
         A contender failed; names it and says what it said.
     """
+    given = any(settings.key_of(override) == "batch.cells" for override in overrides)
+    contenders: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="megacell-bench-") as folder:
         cfg = settings.compose([*overrides, f"out={folder}/run"])
-        lengths, vocabulary = _lengths(cfg)
-        contenders = {"megacell": _ours(overrides, Path(folder) / "run", cfg.devices, protocol)}
-        log(_line("megacell", contenders["megacell"]))
-        for name in references:
-            for batch in batches:
-                key = f"{name}, {batch} cells"
-                contenders[key] = _reference(name, cfg, batch, protocol)
-                log(_line(key, contenders[key]))
-    flops = flops_a_token(cfg, lengths, vocabulary)
+        lengths, vocabulary = token_counts(cfg)
+        flops = flops_a_token(cfg, lengths, vocabulary)
+
+        def keep(name: str, cells: int, precision: str, figures: dict[str, Any]) -> None:
+            key = f"{name}, {cells} cells, {precision}"
+            described = {"name": name, "cells": cells, "precision": precision}
+            contenders[key] = {**described, **figures, **_of_each_rank(figures, flops)}
+            log(line(key, contenders[key]))
+
+        for precision in precisions or [cfg.precision]:
+            for cells in [cfg.batch.cells] if given else batches:
+                own = [*overrides, f"precision={precision}", f"batch.cells={cells}"]
+                keep("megacell", cells, precision, _ours(own, Path(folder) / f"{precision}-{cells}", protocol))
+            for name in references:
+                for cells in batches:
+                    keep(name, cells, precision, _reference(name, cfg, cells, precision, protocol))
     return {
         **where_and_when(),
-        "accelerator": _accelerator(),
+        "accelerator": accelerator(),
         "settings": {
             "overrides": [o for o in overrides if o.split("=")[0] not in ("store", "vocabulary")],
             "model": OmegaConf.to_container(cfg.model),
-            "precision": cfg.precision,
             "devices": cfg.devices,
         },
         "protocol": asdict(protocol),
         "tokens_a_cell": {str(q): int(np.quantile(lengths, q)) for q in (0.0, 0.25, 0.5, 0.75, 1.0)},
         "required_flops_a_token": flops,
         "flops_convention": "3 x forward; attention over each cell; the head at masked positions only",
-        "contenders": {name: {**each, **_mfu(each, flops)} for name, each in contenders.items()},
-        "times": {
-            name: contenders["megacell"]["tokens_per_second"] / each["tokens_per_second"]
-            for name, each in contenders.items()
-            if name != "megacell"
-        },
+        "peak_flops": peak_flops(),
+        "contenders": contenders,
+        "times": {key: times(contenders, each) for key, each in contenders.items() if each["name"] != "megacell"},
     }
 
 
-def _lengths(cfg: DictConfig) -> tuple[np.ndarray, int]:
+def times(contenders: dict[str, dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
+    """Return how many times as many real tokens a second ours trains on, by our precision.
+
+    Compared is ours with as many cells a step; where that was not measured, its fastest.
+    """
+    rates: dict[str, dict[int, float]] = {}
+    for each in contenders.values():
+        if each["name"] == "megacell":
+            rates.setdefault(each["precision"], {})[each["cells"]] = each["tokens_per_second"]
+    return {
+        precision: own.get(reference["cells"], max(own.values())) / reference["tokens_per_second"]
+        for precision, own in rates.items()
+    }
+
+
+def token_counts(cfg: DictConfig) -> tuple[np.ndarray, int]:
     """Return the tokens of each training cell, as cut to the model's length, and the vocabulary's size."""
     from megacell.geneformer.training.data import TrainingData
 
@@ -110,13 +140,49 @@ def _lengths(cfg: DictConfig) -> tuple[np.ndarray, int]:
     return np.minimum(data.lengths[data.train[:]].astype(np.int64) + around, cfg.model.max_length), data.vocabulary.size
 
 
-def _ours(overrides: list[str], out: Path, devices: int, protocol: Protocol) -> dict[str, Any]:
-    """Run `megacell pretrain` until enough windows are in its metrics.csv."""
+def evenness(cfg: DictConfig, ranks: int) -> tuple[float, float]:
+    """Return the imbalance of data parallel ranks and the fill, as `BatchStream.evenness`, means over a few steps."""
+    from megacell.geneformer.training.data import TrainingData
+
+    stream = TrainingData.open(cfg).stream(ranks=ranks, tensor=cfg.parallel.tensor)
+    imbalance, fill = np.mean([stream.evenness(k) for k in range(EVENNESS_STEPS)], axis=0)
+    return float(imbalance), float(fill)
+
+
+def _ours(overrides: list[str], out: Path, protocol: Protocol) -> dict[str, Any]:
+    """Measure `megacell pretrain`; its metrics.csv does not tell how full its packs are, their lengths do."""
+    cfg = settings.compose([*overrides, f"out={out}"])
+    figures = measure_pretrain(overrides, out, protocol)
+    _, fill = evenness(cfg, cfg.devices // cfg.parallel.tensor)
+    padded = figures["tokens_per_second"] / fill
+    return {**figures, "padded_tokens_per_second": padded, "real_of_computed": fill, "ranks": cfg.devices}
+
+
+def measure_pretrain(
+    overrides: list[str], out: Path, protocol: Protocol, start: Sequence[str] = MEGACELL
+) -> dict[str, Any]:
+    """Run `megacell pretrain` until enough windows are in its metrics.csv, and return its figures.
+
+    Parameters
+    ----------
+    overrides : list of str
+        As for `megacell pretrain`, without ``out``.
+    out : Path
+        The run folder.
+    protocol : Protocol
+    start : sequence of str
+        How `megacell` is started.
+
+    Raises
+    ------
+    DataError
+        The run ended by itself; with what it said.
+    """
     settings_of_bench = (
         f"out={out}", f"steps={ENDLESS}", f"validation.every={ENDLESS}", f"checkpoint.every={ENDLESS}", "log_every=1",
         "validation.cells=64", "data.baseline_cells=1000", "optim.warmup=1000",
     )  # fmt: skip
-    command = [sys.executable, "-m", "megacell.store.cli", "pretrain", *overrides, *settings_of_bench]
+    command = [*start, "pretrain", *overrides, *settings_of_bench]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
         try:
@@ -130,7 +196,7 @@ def _ours(overrides: list[str], out: Path, devices: int, protocol: Protocol) -> 
         if windows is None:
             said.seek(0)
             raise DataError(f"megacell pretrain ended by itself: {said.read().strip()[-2000:]}")
-    return {**_figures(windows), "ranks": devices}
+    return _figures(windows)
 
 
 def _watch(path: Path, process: subprocess.Popen, protocol: Protocol) -> list[dict[str, float]] | None:
@@ -160,19 +226,21 @@ def _cut(path: Path, protocol: Protocol) -> list[dict[str, float]]:
     return windows[: protocol.windows]
 
 
-def _reference(name: str, cfg: DictConfig, batch: int, protocol: Protocol) -> dict[str, Any]:
+def _reference(name: str, cfg: DictConfig, cells: int, precision: str, protocol: Protocol) -> dict[str, Any]:
     """Run one reference in a process of its own."""
     given = {
         "name": name,
-        "cfg": OmegaConf.to_container(cfg),
-        "batch": batch,
+        "cfg": OmegaConf.to_container(OmegaConf.merge(cfg, {"precision": precision})),
+        "batch": cells,
         "protocol": asdict(protocol),
     }
     command = [sys.executable, "-m", "megacell.geneformer.bench_train_references", json.dumps(given)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
-        raise DataError(f"{name} with {batch} cells failed: {answer.stderr.strip()[-2000:] or answer.returncode}")
-    return _figures([json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")])
+        raise DataError(
+            f"{name} with {cells} cells in {precision} failed: {answer.stderr.strip()[-2000:] or answer.returncode}"
+        )
+    return {**_figures([json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]), "ranks": 1}
 
 
 def _figures(windows: list[dict[str, float]]) -> dict[str, Any]:
@@ -209,63 +277,26 @@ def flops_a_token(cfg: DictConfig, lengths: np.ndarray, vocabulary: int) -> floa
     return float(3 * (body + cfg.data.masking.rate * (2 * hidden**2 + 2 * hidden * vocabulary)))
 
 
-def _mfu(figures: dict[str, Any], flops: float) -> dict[str, float]:
-    """Return the share of the accelerator's peak that the required FLOPs take, where the peak is known."""
-    name = _accelerator() or ""
-    peak = next((tflops for part, tflops in PEAKS.items() if part in name), None)
-    if peak is None:
-        return {}
-    return {"mfu": figures["tokens_per_second"] * flops / (peak * 1e12 * figures.get("ranks", 1))}
+def _of_each_rank(figures: dict[str, Any], flops: float) -> dict[str, float]:
+    """Return real tokens a second a rank, and the share of the peak that the required FLOPs take, where it is known."""
+    rate, peak = figures["tokens_per_second"] / figures["ranks"], peak_flops()
+    return {"tokens_per_second_a_rank": rate, **({"mfu": rate * flops / peak} if peak else {})}
 
 
-def _accelerator() -> str | None:
+def peak_flops() -> float | None:
+    """Return the accelerator's dense 16-bit FLOP/s as its vendor states them; None where they are not known."""
+    name = accelerator() or ""
+    return next((tflops * 1e12 for part, tflops in PEAKS.items() if part in name), None)
+
+
+def accelerator() -> str | None:
+    """Return the GPU's name, if there is one."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def _line(name: str, figures: dict[str, Any]) -> str:
+def line(name: str, figures: dict[str, Any]) -> str:
+    """Return one contender's rate in words."""
     extra = f", {figures['mfu']:.1%} MFU" if "mfu" in figures else ""
     return f"{name}: {figures['tokens_per_second']:,.0f} real tokens/s{extra}"
-
-
-def table(figures: dict[str, Any]) -> str:
-    """Return the figures as lines for a reader."""
-    own = figures["contenders"]
-    where = figures["accelerator"] or f"{figures['hardware']['processor']}, {figures['hardware']['cores']} cores"
-    lines = [
-        f"{figures['date']}, {where}, " + ", ".join(f"{name} {v}" for name, v in figures["versions"].items()),
-        f"{figures['settings']['precision']}, {figures['settings']['devices']} process(es), tokens a cell (quartiles) "
-        + " ".join(str(n) for n in figures["tokens_a_cell"].values()),
-        f"{'':34}{'real tokens/s':>14}{'cells/s':>10}{'real':>7}{'wait':>7}{'GiB':>7}{'megacell is':>13}",
-    ]
-    for name, each in own.items():
-        times = figures["times"].get(name)
-        lines.append(
-            f"{name:34}{each['tokens_per_second']:14,.0f}{each['cells_per_second']:10,.1f}"
-            f"{each.get('real_of_computed', 1):7.0%}{each['data_wait']:7.1%}{each['memory_gib']:7.1f}"
-            + (f"{times:11.1f} x" if times else "")
-        )
-    lines.append(f"time outside the engine's steps: {own['megacell']['outside_the_engine']:.1%}")
-    return "\n".join(lines)
-
-
-def chart(figures: dict[str, Any], path: Path) -> None:
-    """Draw the contenders' real tokens a second as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    own = figures["contenders"]
-    names, rates = list(own), [each["tokens_per_second"] for each in own.values()]
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.5 * len(names)), layout="constrained")
-    bars = axes.barh(names, rates, color=["#2a6f97"] + ["#b0b7bf"] * (len(names) - 1))
-    axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set_xlabel("real tokens a second")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

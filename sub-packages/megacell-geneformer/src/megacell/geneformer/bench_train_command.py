@@ -12,7 +12,9 @@ REFERENCES = ("hugging_face", "hugging_face_grouped", "stock_megatron")
 _EXAMPLES = """\
 examples:
   megacell bench train store=STORE vocabulary=VOCAB model=geneformer_10m --json figures.json --chart figures.png
-  megacell bench train store=STORE vocabulary=VOCAB model=geneformer_106m precision=bf16 devices=8 --references none
+  megacell bench train store=STORE vocabulary=VOCAB model=geneformer_10m --batches 16,32 --precisions fp16,fp32
+  megacell bench train store=STORE vocabulary=VOCAB model=geneformer_106m precision=bf16 batch.cells=2048 devices=8 \
+    --references none
 
 Real tokens only are counted. Every contender trains on the same cells in a process of its own.
 """
@@ -25,7 +27,10 @@ def register_bench_train(commands: Any) -> None:
     train.add_argument(
         "--references", default=",".join(REFERENCES), help="what to measure beside it, or none (default: %(default)s)"
     )
-    train.add_argument("--batches", default="16", help="cells a step of the references (default: %(default)s)")
+    train.add_argument(
+        "--batches", default="16", help="cells a step; ours has batch.cells=… instead, if given (default: %(default)s)"
+    )
+    train.add_argument("--precisions", help="to measure each in, such as fp16,fp32 (default: precision=… alone)")
     train.add_argument("--warmup", type=int, default=20, help="steps before anything counts (default: %(default)s)")
     train.add_argument("--steps", type=int, default=200, help="of a window (default: %(default)s)")
     train.add_argument("--seconds", type=float, default=30.0, help="of a window, at most (default: %(default)s)")
@@ -39,7 +44,9 @@ def run_bench_train(args: argparse.Namespace) -> int:
     """Measure, print, write."""
     import json
 
-    from megacell.geneformer.bench_train import Protocol, bench_train, chart, table
+    from megacell.geneformer.bench_train import Protocol, bench_train
+    from megacell.geneformer.bench_train_report import chart, table
+    from megacell.geneformer.model.config import PRECISIONS
     from megacell.store.errors import UsageError
 
     references = [] if args.references == "none" else args.references.split(",")
@@ -47,8 +54,12 @@ def run_bench_train(args: argparse.Namespace) -> int:
         raise UsageError(f"--references {wrong[0]}: choose of {', '.join(REFERENCES)}, or none")
     if not all(size.isdecimal() and int(size) for size in args.batches.split(",")):
         raise UsageError(f"--batches {args.batches}: give numbers of cells, such as 16,32")
+    precisions = args.precisions.split(",") if args.precisions else []
+    if wrong := sorted(set(precisions) - set(PRECISIONS)):
+        raise UsageError(f"--precisions {wrong[0]}: choose of {', '.join(PRECISIONS)}")
     protocol = Protocol(args.warmup, args.steps, args.seconds, args.windows)
-    figures = bench_train(args.settings, references, [int(size) for size in args.batches.split(",")], protocol)
+    batches = [int(size) for size in args.batches.split(",")]
+    figures = bench_train(args.settings, references, batches, precisions, protocol)
     print(table(figures))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -72,7 +72,7 @@ Step = Callable[[Padded], None]
 
 
 def hugging_face(cfg: DictConfig, vocabulary_size: int) -> Step:
-    """Return a training step of ``BertForMaskedLM``: SDPA attention, AdamW, clipping, autocast in bf16."""
+    """Return a training step of ``BertForMaskedLM``: SDPA attention, AdamW, clipping, autocast in 16 bits."""
     from transformers import BertConfig, BertForMaskedLM
 
     model, optim = cfg.model, cfg.optim
@@ -94,13 +94,17 @@ def hugging_face(cfg: DictConfig, vocabulary_size: int) -> Step:
         network.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay
     )
     network.train()
+    where, dtype = device.device().type, torch.float16 if cfg.precision == "fp16" else torch.bfloat16
+    scaler = torch.amp.GradScaler(where, enabled=cfg.precision == "fp16")
 
     def step(batch: Padded) -> None:
-        with torch.autocast(device.device().type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        with torch.autocast(where, dtype, enabled=cfg.precision != "fp32"):
             loss = network(batch.tokens, attention_mask=batch.real.long(), labels=batch.labels).loss
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return step
