@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 TESTS_AT_ONCE ?= 2
 
-.PHONY: setup demo test test-all lint clean bench-peers bench-store bench-batches bench-train bench-embed
+.PHONY: setup demo test test-all lint clean bench-peers bench-store bench-batches bench-train bench-scaling bench-embed
 
 setup: $(STAMP)
 
@@ -68,6 +68,10 @@ bench-batches: setup
 bench-train: setup
 	$(BIN)/python benchmarks/train.py $(DATA)/cells $(DATA)/geneformer/V2 model=geneformer_10m batch.cells=16 \
 	  --warmup 1 --seconds 60 --json benchmarks/results/train.json --chart benchmarks/results/train.png
+
+bench-scaling: setup
+	$(BIN)/python benchmarks/scaling.py $(DATA)/cells $(DATA)/geneformer/V2 model=geneformer_10m --warmup 2 --seconds 60 \
+	  --json benchmarks/results/scaling.json --chart benchmarks/results/scaling.png
 
 bench-embed: setup
 	$(BIN)/python benchmarks/embed.py $(DATA)/cells/pbmc4k_a.h5ad $(DATA)/geneformer/V1 --json benchmarks/results/embed.json

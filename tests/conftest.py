@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sub-packages/megacell-geneformer/tests"))  # hugging.py
 sys.path.insert(0, str(Path(__file__).parent))  # jobs.py and ranks.py, also in the ranks' own processes
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # whose scripts find each other so
 
 from runs import TINY, fine
 
