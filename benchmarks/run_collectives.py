@@ -7,6 +7,7 @@ Run by torchrun through `run_pinned.py`; these two, one after the other, are wha
 import json
 import statistics
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ REPEATS = 20
 
 def main(words: list[str]) -> int:
     """Measure each number of bytes."""
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")  # they are what Megatron calls
     device.use_local()
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     found = {size: statistics.median(_seconds(int(size))) for size in words}
