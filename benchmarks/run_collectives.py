@@ -19,7 +19,9 @@ REPEATS = 20
 
 def main(words: list[str]) -> int:
     """Measure each number of bytes."""
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")  # they are what Megatron calls
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated"
+    )  # they are what Megatron calls
     device.use_local()
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     found = {size: statistics.median(_seconds(int(size))) for size in words}

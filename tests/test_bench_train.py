@@ -2,11 +2,13 @@
 """bench train: its arithmetic, its padded batches, and once the whole command."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
-from runs import fine
+from runs import Command
 
+from megacell.geneformer import bench_train
 from megacell.geneformer.bench_train import Protocol, _cut, _figures, evenness, flops_a_token, times
 from megacell.geneformer.bench_train_references import IGNORED, batches
 from megacell.geneformer.bench_train_report import chart
@@ -93,24 +95,55 @@ def test_a_precision_that_is_none_is_refused(capsys):
     assert "--precisions fp8: choose of fp32, bf16, fp16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("own", "cells"), [((), (2, 4)), (("batch.cells=8",), (8,))], ids=["as many cells", "cells of its own"]
+)
+def test_sizes_and_precisions_are_swept(own, cells, store, vocabulary, monkeypatch):
+    windows = [{"seconds": 2.0, "tokens": 100, "cells": 4, "steps": 1, "data_seconds": 0.1, "memory_gib": 1.0}]
+    asked = []
+
+    def pretrain(overrides, out, protocol):
+        asked.append(dict(override.split("=") for override in overrides))
+        return bench_train._figures(windows)
+
+    def reference(command, **_):
+        lines = "\n".join(json.dumps({**window, "padded_tokens": 200}) for window in windows)
+        asked.append(json.loads(command[-1])["cfg"])
+        return subprocess.CompletedProcess(command, 0, lines, "")
+
+    monkeypatch.setattr(bench_train, "measure_pretrain", pretrain)
+    monkeypatch.setattr(subprocess, "run", reference)
+    given = [f"store={store}", f"vocabulary={vocabulary}", "model=tiny", *own]
+    found = bench_train.bench_train(given, ["hugging_face"], [2, 4], ["fp16", "fp32"], Protocol(), log=lambda _: None)
+    expected = [("megacell", n, p) for p in ("fp16", "fp32") for n in cells]
+    expected += [("hugging_face", n, p) for p in ("fp16", "fp32") for n in (2, 4)]
+    assert set(found["contenders"]) == {f"{name}, {n} cells, {p}" for name, n, p in expected}
+    assert [each["precision"] for each in asked] == sorted(each["precision"] for each in asked)
+    ours = found["contenders"][f"megacell, {cells[0]} cells, fp32"]
+    assert ours["tokens_per_second_a_rank"] == ours["tokens_per_second"] == 50
+    assert ours["padded_tokens_per_second"] == pytest.approx(50 / ours["real_of_computed"])
+    assert found["contenders"]["hugging_face, 2 cells, fp16"]["real_of_computed"] == 0.5
+    assert found["times"]["hugging_face, 4 cells, fp16"] == {"fp16": 1.0, "fp32": 1.0}
+
+
 @pytest.mark.exhaustive
-def test_the_command_measures_all_contenders_in_each_precision_with_each_batch(store, vocabulary, tmp_path):
+def test_the_command_measures_all_contenders_in_each_precision(store, vocabulary, tmp_path):
     json_file, picture = tmp_path / "f.json", tmp_path / "f.png"
-    said = fine(
-        "bench", "train", f"store={store}", f"vocabulary={vocabulary}", "model=tiny", "--batches", "2,4",
+    command = Command(
+        "bench", "train", f"store={store}", f"vocabulary={vocabulary}", "model=tiny", "--batches", "2",
         "--precisions", "fp16,fp32", "--warmup", "2", "--seconds", "1", "--windows", "2", "--json", json_file,
         "--chart", picture,
     )  # fmt: skip
+    said, errors = command.process.communicate(timeout=900)  # eight processes, one after the other
+    assert command.process.returncode == 0, errors
     figures = json.loads(json_file.read_text())
     names = ("megacell", "hugging_face", "hugging_face_grouped", "stock_megatron")
-    assert set(figures["contenders"]) == {
-        f"{name}, {cells} cells, {precision}" for name in names for cells in (2, 4) for precision in ("fp16", "fp32")
-    }
+    keys = {f"{name}, 2 cells, {precision}" for name in names for precision in ("fp16", "fp32")}
+    assert set(figures["contenders"]) == keys
     for each in figures["contenders"].values():
         assert each["padded_tokens_per_second"] > each["tokens_per_second"] > 0
-        assert each["tokens_per_second_a_rank"] == each["tokens_per_second"]
         assert 0 < each["real_of_computed"] < 1
-    assert figures["times"].keys() == {name for name in figures["contenders"] if not name.startswith("megacell")}
+    assert figures["times"].keys() == {name for name in keys if not name.startswith("megacell")}
     assert "padded tokens/s" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
     chart(figures, tmp_path / "again.svg")
