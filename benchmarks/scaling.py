@@ -24,7 +24,7 @@ from typing import Any
 import cost_model
 from cost_model import Link, Machines
 from dictionaries import WITH_NAMES, published_vocabulary
-from many_gpus import COMPUTED, lines, many_gpus, parameters, work_of
+from many_gpus import COMPUTED, GPUS, lines, many_gpus, parameters, work_of
 
 from megacell.geneformer.bench_train import Protocol, accelerator, evenness, measure_pretrain, token_counts
 from megacell.geneformer.training import settings
@@ -153,6 +153,7 @@ def chart(measured: Figures, computed: Figures, path: Path) -> None:
         name = f"{case['model']}, tensor {case['tensor']}"
         there.plot(list(case["gpus"]), [step["efficiency"] for step in case["gpus"].values()], ".--", label=name)
     there.set_xscale("log", base=2)
+    there.set_xticks(GPUS, [str(n) for n in GPUS])
     there.set(xlabel=f"{computed['gpu']['name']} GPUs", title=COMPUTED)
     for axes in (here, there):
         axes.set_ylim(0, 1.05)

@@ -117,16 +117,16 @@ def bench_train(
 
 
 def times(contenders: dict[str, dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
-    """Return how many times as many real tokens a second ours trains on, by our precision.
+    """Return how many times as many real tokens a second a process of ours trains on, by our precision.
 
     Compared is ours with as many cells a step; where that was not measured, its fastest.
     """
     rates: dict[str, dict[int, float]] = {}
     for each in contenders.values():
         if each["name"] == "megacell":
-            rates.setdefault(each["precision"], {})[each["cells"]] = each["tokens_per_second"]
+            rates.setdefault(each["precision"], {})[each["cells"]] = each["tokens_per_second_a_rank"]
     return {
-        precision: own.get(reference["cells"], max(own.values())) / reference["tokens_per_second"]
+        precision: own.get(reference["cells"], max(own.values())) / reference["tokens_per_second_a_rank"]
         for precision, own in rates.items()
     }
 

@@ -8,7 +8,7 @@ from megacell.store.convert_command import table as columns
 
 HEAD = (
     "", "real tokens/s", "a process", "cells/s", "padded tokens/s", "real", "wait", "GiB", "MFU", "not engine",
-    "megacell is",
+    "a process of megacell's is",
 )  # fmt: skip
 
 
