@@ -5,15 +5,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import cost_model
+import numpy as np
 from cost_model import Link, Machines, Work
 
-from megacell.geneformer.bench_train import PEAKS, evenness, flops_a_token, token_counts
+from megacell.geneformer.bench_train import PEAKS, flops_a_token, token_counts
+from megacell.geneformer.order import share_out
 from megacell.geneformer.training import settings
 from megacell.store.convert_command import table
 
 GPUS = tuple(2**power for power in range(10))
 COMPUTED = "computed, on assumptions; not measured"
 CELLS, BUDGET = 64, 32_768  # of one copy a step, and tokens of a micro-batch
+STEPS = 20  # whose imbalance is taken
 REACHED = 0.8  # of the links' bandwidth
 
 
@@ -56,21 +59,18 @@ def many_gpus(given: list[str], gpu: Gpu = H100) -> dict[str, Any]:
         In JSON's types: what was assumed, and for each case its figures by GPUs.
     """
     machines, cases = gpu.machines(), []
-    uneven: dict[tuple[int, int], float] = {}
+    counted: dict[int, tuple[np.ndarray, int]] = {}
     for model, tensor, share in CASES:
         cfg = settings.compose([*given, f"model={model}", "precision=bf16", f"batch.tokens={BUDGET}"])
-        lengths, vocabulary = token_counts(cfg)
+        if (longest := cfg.model.max_length) not in counted:
+            counted[longest] = token_counts(cfg)
+        lengths, vocabulary = counted[longest]
         flops = flops_a_token(cfg, lengths, vocabulary)
         work = work_of(cfg, vocabulary, CELLS * float(lengths.mean()), flops / (share * gpu.peak))
         steps = {}
-        for gpus in GPUS:
-            if gpus % tensor:
-                continue
+        for gpus in (n for n in GPUS if n % tensor == 0):
             copies = gpus // tensor
-            if (key := (copies, cfg.model.max_length)) not in uneven:
-                cfg.batch.cells = CELLS * copies
-                uneven[key], _ = evenness(cfg, copies)
-            found = cost_model.step(work, machines, gpus, tensor=tensor, imbalance=uneven[key])
+            found = cost_model.step(work, machines, gpus, tensor=tensor, imbalance=imbalance(lengths, copies))
             steps[gpus] = {
                 **asdict(found),
                 "seconds": found.seconds,
@@ -86,6 +86,16 @@ def many_gpus(given: list[str], gpu: Gpu = H100) -> dict[str, Any]:
         "machines": asdict(machines),
         "cases": cases,
     }
+
+
+def imbalance(lengths: np.ndarray, copies: int) -> float:
+    """Return by which share the fullest copy's tokens exceed the mean, over a few steps of cells drawn at random."""
+    rng, shares = np.random.default_rng(0), []
+    for _ in range(STEPS):
+        drawn = rng.choice(lengths, CELLS * copies)
+        load = np.bincount(share_out(drawn, copies), weights=drawn, minlength=copies)
+        shares.append(load.max() / load.mean() - 1)
+    return float(np.mean(shares))
 
 
 def work_of(cfg: Any, vocabulary: int, tokens: float, seconds_a_token: float) -> Work:
