@@ -65,8 +65,10 @@ bench-batches: setup
 	$(BIN)/python benchmarks/batches.py $(DATA)/cells $(DATA)/geneformer/V2 --json benchmarks/results/batches.json \
 	  $(if $(wildcard $(PEERS)/geneformer/.set-up),--tokenizer-python $(PEERS)/geneformer/bin/python)
 
+TRAIN ?= batch.cells=16
+
 bench-train: setup
-	$(BIN)/python benchmarks/train.py $(DATA)/cells $(DATA)/geneformer/V2 model=geneformer_10m batch.cells=16 \
+	$(BIN)/python benchmarks/train.py $(DATA)/cells $(DATA)/geneformer/V2 model=geneformer_10m $(TRAIN) \
 	  --warmup 1 --seconds 60 --json benchmarks/results/train.json --chart benchmarks/results/train.png
 
 bench-scaling: setup
