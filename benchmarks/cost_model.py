@@ -25,9 +25,9 @@ ASSUMPTIONS = (
     "precision",
     "between machines every GPU's adapter carries a ring of its own, so that a machine's adapters add up; never faster "
     "than inside; other traffic, congestion and failures are left out",
-    "gradients go in Megatron's buckets, of max(40 M, 1 M x ranks) parameters; on a GPU all but the last are hidden "
-    "behind the backward pass of the last micro-batch, as far as it is long enough; on a CPU nothing is hidden",
-    "weights are gathered after the step, hidden behind nothing",
+    "gradients and weights go in Megatron's buckets, of max(40 M, 1 M x ranks) parameters; on a GPU all but one are "
+    "hidden, as far as it is long enough, behind a micro-batch's pass: gradients behind the backward one of the last, "
+    "weights behind the forward one of the next step's first; on a CPU nothing is hidden",
     "tensor parallelism: 4 all-reduces a layer of tokens x hidden in the model's precision, and 2 all-gathers more for "
     "its sequence parallelism, inside a machine, hidden behind nothing; those of embedding and head are left out",
 )
@@ -161,17 +161,18 @@ def step(work: Work, machines: Machines, ranks: int, *, tensor: int = 1, imbalan
         )
     copies, own = ranks // tensor, work.parameters / tensor
     compute = work.tokens * work.seconds_a_token / tensor
-    gradients = _gradients(work, machines, copies, tensor, own, compute)
-    weights = ring_seconds(work.weight_bytes * own, copies, machines, tensor)
+    gradients, weights = (
+        _exposed(bytes_each * own, own, copies, machines, tensor, share * compute / work.micro_batches)
+        for bytes_each, share in ((GRADIENT_BYTES, BACKWARD), (work.weight_bytes, 1 - BACKWARD))
+    )
     return Step(compute, compute * imbalance, gradients, weights, _tensor(work, machines, tensor))
 
 
-def _gradients(work: Work, machines: Machines, copies: int, tensor: int, own: float, compute: float) -> float:
-    """Return the seconds of the gradients' reduction that computing does not hide."""
-    buckets = -(-int(own) // max(BUCKET[0], BUCKET[1] * copies))
-    each = ring_seconds(GRADIENT_BYTES * own / buckets, copies, machines, tensor)
-    hidden_behind = compute * BACKWARD / work.micro_batches if machines.overlap else 0.0
-    return each + max(0.0, (buckets - 1) * each - hidden_behind)
+def _exposed(size: float, parameters: float, copies: int, machines: Machines, tensor: int, passing: float) -> float:
+    """Return the seconds of moving ``size`` bytes by buckets that ``passing`` seconds of computing do not hide."""
+    buckets = -(-int(parameters) // max(BUCKET[0], BUCKET[1] * copies))
+    each = ring_seconds(size / buckets, copies, machines, tensor)
+    return each + max(0.0, (buckets - 1) * each - (passing if machines.overlap else 0.0))
 
 
 def _tensor(work: Work, machines: Machines, tensor: int) -> float:

@@ -65,10 +65,12 @@ class Engine:
     """
 
     def __init__(self, cfg: DictConfig, bert: PackedBert):
+        shared = parallel_state.get_data_parallel_world_size() > 1
         config = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=cfg.parallel.reduce_fp32,
-            overlap_grad_reduce=parallel_state.get_data_parallel_world_size() > 1,
+            overlap_grad_reduce=shared,
+            overlap_param_gather=shared,  # during the next forward pass: who reads weights otherwise gathers them first
         )
         self.bert = bert
         self.ddp = DistributedDataParallel(bert.config, config, bert)
@@ -157,6 +159,7 @@ def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
         loss_scale_window=optim.loss_scale_window,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=ddp.ddp_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, [ddp])
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

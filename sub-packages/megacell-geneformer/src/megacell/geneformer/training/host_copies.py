@@ -50,6 +50,9 @@ class HostCopies:
         metadata : dict
             For Megatron's ``sharded_state_dict``.
         """
+        (ddp,) = self.part.model_chunks
+        if ddp.ddp_config.overlap_param_gather:
+            ddp.start_param_sync(force_sync=True)  # else they would come with the next forward pass
         weights = self.bert.sharded_state_dict(metadata=metadata)
         # an _extra_state is pickled bytes, which torch would read back through an open unpickler; ours are empty
         weights = {name: entry for name, entry in weights.items() if not name.endswith("_extra_state")}
