@@ -6,17 +6,21 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 TESTS_AT_ONCE ?= 2
 
-.PHONY: setup demo test test-all lint clean bench-peers bench-store bench-batches bench-train bench-scaling bench-embed
+.PHONY: setup demo docs test test-all lint clean bench-peers bench-store bench-batches bench-train bench-scaling bench-embed
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard sub-packages/*/pyproject.toml)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,docs]'
 	touch $@
 
 demo: setup
 	$(BIN)/megacell demo --out demo
+
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build
+	@echo "open docs/_build/index.html"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -79,4 +83,4 @@ bench-embed: setup
 	$(BIN)/python benchmarks/embed.py $(DATA)/cells/pbmc4k_a.h5ad $(DATA)/geneformer/V1 --json benchmarks/results/embed.json
 
 clean:
-	rm -rf .venv .peers demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .peers demo docs/_build .pytest_cache .mypy_cache .ruff_cache

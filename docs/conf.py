@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How Sphinx makes the site of these pages: nothing is fetched, nothing is run, notebooks show what they printed."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+project = "Megacell"
+author = "The Megacell authors"
+version = release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+highlight_language = "none"  # of indented blocks, which are commands and what they print
+
+nb_execution_mode = "off"
+myst_heading_anchors = 3  # links to headings, as GitHub makes them
+
+autodoc_mock_imports = ["lightning", "megatron", "nemo", "torch"]  # their import takes longer than all the rest
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings tell shapes and types
+napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"Megacell {version}"
+html_show_copyright = False
+html_copy_source = False
+
+
+def contents(index: str) -> str:
+    """Return the site's contents as the tables in index.md list them: pages stand there once, for GitHub too."""
+    trees = ""
+    for caption, table in re.findall(r"^### (.+)\n\n((?:\|.*\n)+)", index, re.MULTILINE):
+        pages = re.findall(r"^\| \[.+?\]\((.+?)\.(?:md|ipynb)\) \|", table, re.MULTILINE)
+        trees += "\n".join(["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""])
+    return trees
+
+
+def _add_contents(app: Any, page: str, source: list[str]) -> None:
+    if page == "index":
+        source[0] += contents(source[0])
+
+
+def setup(app: Any) -> None:
+    """Have Sphinx add the contents when it reads index.md."""
+    app.connect("source-read", _add_contents)
