@@ -18,7 +18,7 @@ highlight_language = "none"  # of indented blocks, which are commands and what t
 nb_execution_mode = "off"
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 
-autodoc_mock_imports = ["lightning", "megatron", "nemo", "torch"]  # their import takes longer than all the rest
+autodoc_mock_imports = ["lightning", "megatron", "nemo"]  # their import takes longer than all the rest
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings tell shapes and types
 napoleon_google_docstring = False

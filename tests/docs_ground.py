@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder in which the commands of the pages run: small real cells, and what is made of them, under the pages' names."""
+"""A folder in which the pages' commands run: real cells, and what is made of them, under the names of the pages."""
 
 import os
 import pickle
@@ -16,7 +16,8 @@ import scipy.sparse as sp
 
 SHORT = (
     "steps=4", "batch.cells=8", "validation.cells=24", "validation.every=2", "checkpoint.every=2",
-    "data.baseline_cells=64", "model.layers=1", "model.hidden=32", "model.ffn=64", "model.heads=4", "model.max_length=256",
+    "data.baseline_cells=64",
+    "model.layers=1", "model.hidden=32", "model.ffn=64", "model.heads=4", "model.max_length=256",
 )  # fmt: skip
 SHORTER: dict[str, tuple[str, ...]] = {  # what is added to a command, so that it takes seconds
     "evaluate": ("--cells", "20"),

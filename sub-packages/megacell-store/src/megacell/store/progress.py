@@ -36,15 +36,13 @@ class Progress:
         self._task: Any = None
         self.show = show
         self._text, self._total, self._done, self._begun, self._said = "", 0, 0, 0.0, 0.0
-        if show:
+        if show and sys.stderr.isatty():  # rich would also go by FORCE_COLOR, which Jupyter sets for what it starts
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            console = Console(stderr=True)
-            if console.is_terminal:
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-                self._bar = Bar(*columns, console=console, transient=True)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
 
     def __enter__(self) -> Self:
         if self._bar:

@@ -146,7 +146,7 @@ class Screen:
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
-            console=self.console, disable=not shown or not self.console.is_terminal, transient=True,
+            console=self.console, disable=not shown or not sys.stdout.isatty(), transient=True,
         )  # fmt: skip
         self.figures = ""
         self.task = self.bar.add_task("training", total=steps, figures=self.figures)
