@@ -16,6 +16,7 @@ exclude_patterns = ["_build"]
 highlight_language = "none"  # of indented blocks, which are commands and what they print
 
 nb_execution_mode = "off"
+nb_merge_streams = True
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 
 autodoc_mock_imports = ["lightning", "megatron", "nemo"]  # their import takes longer than all the rest
