@@ -17,11 +17,11 @@ import scipy.sparse as sp
 SHORT = (
     "steps=4", "batch.cells=8", "validation.cells=24", "validation.every=2", "checkpoint.every=2",
     "data.baseline_cells=64",
-    "model.layers=1", "model.hidden=32", "model.ffn=64", "model.heads=4", "model.max_length=256",
+    "model.layers=2", "model.hidden=32", "model.ffn=64", "model.heads=4", "model.max_length=256",
 )  # fmt: skip
 SHORTER: dict[str, tuple[str, ...]] = {  # what is added to a command, so that it takes seconds
     "evaluate": ("--cells", "20"),
-    "demo": ("--steps", "30"),
+    "demo": ("--steps", "120"),  # it is killed half way, after its first checkpoint
     "bench read": ("--seconds", "0.2"),
     "bench batches": ("--seconds", "0.2"),
     "bench train": ("--warmup", "1", "--steps", "2", "--windows", "1", "--batches", "2"),
