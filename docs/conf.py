@@ -46,6 +46,13 @@ def _add_contents(app: Any, page: str, source: list[str]) -> None:
         source[0] += contents(source[0])
 
 
+def _keep_in_one_line(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Keep napoleon from taking what stands before a colon for a property's type."""
+    if what == "property" and lines:
+        lines[0] = lines[0].replace(": ", ", ", 1)
+
+
 def setup(app: Any) -> None:
-    """Have Sphinx add the contents when it reads index.md."""
+    """Have Sphinx add the contents when it reads index.md, and read properties as they are written."""
     app.connect("source-read", _add_contents)
+    app.connect("autodoc-process-docstring", _keep_in_one_line, priority=400)  # before napoleon
