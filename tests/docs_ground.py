@@ -58,7 +58,7 @@ def shortened(words: list[str]) -> list[str]:
 
 def clear_the_way(words: list[str], folder: Path) -> None:
     """Remove what a command is about to make anew, of this ground or of a page's earlier command."""
-    if {"--append", "--finish", "--part", "--dry-run", "resume=true"} & set(words):
+    if {"--append", "--finish", "--part", "resume=true"} & set(words):
         return
     given = [word.removeprefix("out=") for word in words if word.startswith("out=")]
     given += [words[place + 1] for place, word in enumerate(words) if word == "--out"]
