@@ -24,7 +24,7 @@ SHORTER: dict[str, tuple[str, ...]] = {  # what is added to a command, so that i
     "demo": ("--steps", "120"),  # it is killed half way, after its first checkpoint
     "bench read": ("--seconds", "0.2"),
     "bench batches": ("--seconds", "0.2"),
-    "bench train": ("--warmup", "1", "--steps", "2", "--windows", "1", "--batches", "2"),
+    "bench train": ("--references", "none", "--warmup", "1", "--steps", "2", "--windows", "1", "--batches", "2"),
     "bench embed": ("--cells", "8", "--rounds", "1"),
 }
 TOKENIZERS = ("token_dictionary", "gene_median_dictionary", "ensembl_mapping_dict", "gene_name_id_dict")
