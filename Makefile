@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict --package megacell.store
 	$(BIN)/mypy --package megacell.geneformer
-	$(BIN)/mypy benchmarks/*.py
+	$(BIN)/mypy benchmarks
 
 test: lint
 	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not exhaustive"
