@@ -139,6 +139,13 @@ def test_figures_of_the_demo_are_those_of_the_readme():
     assert not [figure for figure in figures if figure not in readme]
 
 
+def test_figures_of_the_store_are_those_that_were_measured():
+    parts = json.loads((shown.ROOT / "benchmarks/results/store.json").read_text()).values()
+    measured = ["| " + " | ".join(goal.values()) + " |" for part in parts for goal in part["goals"]]
+    lines = (DOCS / "benchmarks.md").read_text().splitlines()
+    assert [line for line in lines if line.endswith(("| met |", "| missed |"))] == measured
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=page_of)
 def test_a_notebook_shows_what_it_printed_and_nothing_of_the_machine(path):
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
