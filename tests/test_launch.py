@@ -123,7 +123,11 @@ def reference(settings, tmp_path_factory) -> list[float]:
 
 @pytest.mark.parametrize(
     "way",
-    [pytest.param(by_torchrun_on_two_nodes, marks=pytest.mark.exhaustive), by_launcher_torchrun, by_srun],
+    [
+        pytest.param(by_torchrun_on_two_nodes, marks=pytest.mark.exhaustive),
+        pytest.param(by_launcher_torchrun, marks=pytest.mark.exhaustive),
+        by_srun,
+    ],
 )
 def test_every_way_to_start_two_ranks_gives_the_same_losses(way, settings, reference, tmp_path):
     run = tmp_path / "run"

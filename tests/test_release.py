@@ -109,7 +109,6 @@ def alone(folder: Path) -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "HOME": str(folder), "MEGACELL_CACHE": str(folder / "cache")}
 
 
-@pytest.mark.exhaustive
 def test_the_whole_holds_all_parts_and_the_options(wheels):
     whole, store, geneformer = (
         contents(wheels, name) for name in ("megacell", "megacell_store", "megacell_geneformer")
@@ -129,7 +128,6 @@ def test_the_whole_holds_all_parts_and_the_options(wheels):
     assert (wheels / f"megacell-{VERSION}.tar.gz").is_file()
 
 
-@pytest.mark.exhaustive
 def test_the_store_alone_converts_without_torch(wheels, tmp_path):
     programs = environment(tmp_path / "venv", wheels / f"megacell_store-{VERSION}-py3-none-any.whl")
     own = {"env": alone(tmp_path), "cwd": tmp_path}

@@ -8,9 +8,15 @@ from pathlib import Path
 
 
 def _peak() -> int:
-    """Return the most bytes that this process has held so far."""
+    """Return the most bytes that this process has held so far.
+
+    Linux counts into ``ru_maxrss`` what the process that started this one has held, but not into ``VmHWM``.
+    """
     import resource
 
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
