@@ -115,7 +115,8 @@ def main() -> None:
         orders = [f"{against[dtype]['cells_in_another_order']} in {dtype}" for dtype in ("float64", "float32")]
         print(f"cells that it orders otherwise: {', '.join(orders)}")
     if args.json:
-        text = {"command": "python benchmarks/batches.py CELLS GENEFORMER --cells " + str(args.cells), **figures}
+        command = f"python benchmarks/batches.py CELLS GENEFORMER --cells {args.cells} --seconds {args.seconds:g}"
+        text = {"command": command + " --tokenizer-python PYTHON" * bool(args.tokenizer_python), **figures}
         args.json.write_text(json.dumps(text, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a step takes on many ranks, computed from one rank's speed and the links between ranks.
 
-    step = compute x (1 + imbalance) + gradients that the backward pass does not hide + weights + tensor parallelism
+    step = compute x (1 + imbalance) + gradients and weights that computing does not hide + tensor parallelism
 
 Gradients are reduce-scattered and weights all-gathered by rings, as Megatron's DistributedOptimizer has it done.
 `ASSUMPTIONS` says in words what is taken for granted.
@@ -60,7 +60,7 @@ class Machines:
     inside, between : Link
         Of one rank to another of its machine, and of another.
     overlap : bool
-        Whether ranks go on computing while gradients are on their way.
+        Whether ranks go on computing while gradients and weights are on their way.
     """
 
     ranks: int

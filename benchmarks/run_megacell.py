@@ -134,13 +134,13 @@ def h5py(file: str) -> dict[str, float]:
 def open_store(store: str) -> dict[str, float]:
     """Open a store and read a random batch; then cells of every shard."""
     from megacell.store import CellStore
+    from megacell.store.process_memory import own_memory
 
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
 
     def anonymous() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+        return own_memory() / 2**20
 
     before, start, cpu = anonymous(), time.perf_counter(), time.process_time()
     opened = CellStore.open(store)

@@ -27,6 +27,7 @@ from dictionaries import WITH_NAMES, published_vocabulary
 from many_gpus import COMPUTED, GPUS, lines, many_gpus, parameters, work_of
 
 from megacell.geneformer.bench_train import Protocol, accelerator, evenness, measure_pretrain, token_counts
+from megacell.geneformer.bench_train_command import add_protocol
 from megacell.geneformer.training import settings
 from megacell.store import cli, convert
 from megacell.store.convert_command import table
@@ -112,7 +113,7 @@ def _predicted(cfg: Any, vocabulary: int, run: Figures, rate: float, machines: M
 
 
 def goals(figures: Figures) -> list[tuple[str, str, str, str]]:
-    """Return the issue's figure: two processes of one core each against one, as it was found."""
+    """Return what two processes of one core each reach beside one, and the goal."""
     if accelerator() or "2" not in figures:
         return []
     found = figures["2"]["tokens_per_second"] / figures["1"]["tokens_per_second"]
@@ -171,10 +172,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="OPTION=VALUE", help="as for `megacell pretrain`")
     parser.add_argument("--ranks", help="processes, from 1 on, such as 1,2,4 (default: up to the GPUs, else the cores)")
     parser.add_argument("--cells", type=int, default=16, help="of each process a step (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=20, help="steps before anything counts (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of a window (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of a window, at most (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=3, help="whose median counts (default: %(default)s)")
+    add_protocol(parser)
     parser.add_argument("--no-apart", action="store_true", help="leave out the runs that exchange nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures here")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw them here (.png, .svg)")

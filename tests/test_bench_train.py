@@ -114,7 +114,9 @@ def test_sizes_and_precisions_are_swept(own, cells, store, vocabulary, monkeypat
     monkeypatch.setattr(bench_train, "measure_pretrain", pretrain)
     monkeypatch.setattr(subprocess, "run", reference)
     given = [f"store={store}", f"vocabulary={vocabulary}", "model=tiny", *own]
-    found = bench_train.bench_train(given, ["hugging_face"], [2, 4], ["fp16", "fp32"], Protocol(), log=lambda _: None)
+    found = bench_train.bench_train(
+        given, ["hugging_face"], [2, 4], ["fp16", "fp32"], Protocol(1, 2, 1.0, 1), log=lambda _: None
+    )
     expected = [("megacell", n, p) for p in ("fp16", "fp32") for n in cells]
     expected += [("hugging_face", n, p) for p in ("fp16", "fp32") for n in (2, 4)]
     assert set(found["contenders"]) == {f"{name}, {n} cells, {p}" for name, n, p in expected}

@@ -18,7 +18,7 @@ import pytest
 import scipy.sparse as sp
 
 from megacell.geneformer import rank_encode
-from megacell.geneformer.geneformer_pickles import import_geneformer
+from megacell.geneformer.geneformer_pickles import import_geneformer, read_dictionary
 from megacell.geneformer.tokenize import tokenize
 from megacell.store import CellStore, convert
 
@@ -73,7 +73,7 @@ def test_geneformers_tokenizer_gives_the_same_tokens_of_every_real_cell(name, ed
 
 
 TRAIN = """
-import json, pickle, sys
+import json, sys
 from datasets import load_from_disk
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -82,7 +82,7 @@ from transformers import Trainer, TrainingArguments
 
 folder, tokens, out = sys.argv[1:]
 cells = load_from_disk(folder)
-vocabulary = pickle.load(open(tokens, "rb"))
+vocabulary = json.load(open(tokens))
 words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<pad>")),
                                 pad_token="<pad>", mask_token="<mask>")
 collator = DataCollatorForLanguageModeling(words, mlm=True, mlm_probability=0.15)
@@ -108,7 +108,8 @@ def test_geneformers_training_scripts_load_what_tokenize_wrote(python, data, tmp
     store, paths = CellStore.open(tmp_path / "store"), dictionaries(data, "V2")
     vocabulary = import_geneformer(*paths)
     tokenize(store, vocabulary, tmp_path / "tokens", cells_a_file=1000)
-    found = json.loads(said(python, "-W", "ignore", "-c", TRAIN, tmp_path / "tokens", paths[0], tmp_path / "run"))
+    (words := tmp_path / "words.json").write_text(json.dumps(read_dictionary(paths[0], int)))
+    found = json.loads(said(python, "-W", "ignore", "-c", TRAIN, tmp_path / "tokens", words, tmp_path / "run"))
     tokens, cu_lengths = rank_encode(store.rows(slice(None)), store.gene_ids, vocabulary)
     lengths = np.diff(cu_lengths)
     assert found["rows"] == len(store) == (lengths > 0).sum()

@@ -247,7 +247,7 @@ def spoil_common(folder, trace) -> str:
 
 def spoil_bytes(folder, trace) -> str:
     """A bytes entry, of its own or in place of a tensor: torch reads its bytes through an open unpickler."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata = pickle.loads((folder / ".metadata").read_bytes())  # of a run that this test has made
     entries = metadata.state_dict_metadata
     name = next((n for n, entry in entries.items() if isinstance(entry, BytesStorageMetadata)), "lm_head.dense.bias")
     metadata.state_dict_metadata[name] = BytesStorageMetadata()
@@ -279,5 +279,5 @@ def test_a_foreign_pickle_in_a_checkpoint_is_refused_by_name_and_not_run(spoil, 
 
 
 def test_the_pickle_of_the_test_does_what_it_says(tmp_path):
-    pickle.loads(pickle.dumps(Runs(tmp_path / "was-run")))
+    pickle.loads(pickle.dumps(Runs(tmp_path / "was-run")))  # it is to run: it makes a folder
     assert (tmp_path / "was-run").exists()

@@ -35,7 +35,7 @@ def test_the_published_dictionaries_are_read_to_the_last_bit(edition, part, dict
     content = path.read_bytes()
     known_to_be_harmless = PUBLISHED_FILES[f"geneformer-{edition.lower()}"][part][1]
     assert hashlib.sha256(content).hexdigest() == known_to_be_harmless
-    expected = pickle.loads(content)
+    expected = pickle.loads(content)  # whose SHA-256 was compared
     found = read_dictionary(path, KINDS[part])
     assert list(found.items()) == list(expected.items())
     assert {type(value) for value in found.values()} == {KINDS[part]}

@@ -221,7 +221,7 @@ def judge(store: Path, path: Path, form: str, original: Path) -> str:
 def attempt_both(path: Path, form: str, place: str) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
     try:
         return oracle(path, form, place)
-    except Exception:
+    except Exception:  # as for `attempt`: a file that the peer cannot open is not judged by it
         return None, None
 
 

@@ -9,7 +9,6 @@ threads are timed by the clock, since that is what they are for.
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError
 from megacell.store.measured_on import where_and_when
+from megacell.store.process_memory import own_memory
 
 GLOBAL_BATCH, TOKEN_BUDGET = 512, 65_536
 REFERENCE_CELLS = 512
@@ -56,7 +56,7 @@ def bench_batches(store: CellStore, vocabulary: Vocabulary, seconds: float = 5.0
         max_length=vocabulary.max_length, global_batch=GLOBAL_BATCH, token_budget=TOKEN_BUDGET, seed=0,
     )  # fmt: skip
     references = _agreeing(stream, store, vocabulary)
-    before = _own_memory()
+    before = own_memory()
     rates = {
         "megacell": _rate(lambda k: sum(len(batch.cells) for batch in stream.step(k)), seconds),
         "numpy_a_cell": _rate(references.by_numpy, seconds),
@@ -73,7 +73,7 @@ def bench_batches(store: CellStore, vocabulary: Vocabulary, seconds: float = 5.0
         "times_the_dictionary": rates["megacell"] / rates["dictionary_a_gene"],
         "speed_up_of_2_threads": _speed_up(stream, seconds),
         "medians_cells_a_cpu_second": _median_rate(store, cells),
-        "memory_mib_beside_page_cache": (_own_memory() - before) / 2**20,
+        "memory_mib_beside_page_cache": (own_memory() - before) / 2**20,
         "real_tokens_of_computed": _fill(stream),
         f"imbalance_of_{RANKS}_ranks_at_{RANKED_BATCH}_cells": _imbalance(inputs),
         "not_measured": ["Geneformer's tokenizer as helical ships it"],
@@ -162,15 +162,6 @@ def _around(vocabulary: Vocabulary) -> int:
 
 def _counts_a_cell(store: CellStore, cells: np.ndarray) -> float:
     return float(np.diff(store.gather(cells[:REFERENCE_CELLS])[0]).mean())
-
-
-def _own_memory() -> int:
-    """Return the bytes of this process that are no file's pages, 0 where the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -6,18 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-
-def _peak() -> int:
-    """Return the most bytes that this process has held so far.
-
-    Linux counts into ``ru_maxrss`` what the process that started this one has held, but not into ``VmHWM``.
-    """
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+from megacell.store.process_memory import peak_memory
 
 
 def main(arguments: list[str]) -> None:
@@ -33,14 +22,14 @@ def main(arguments: list[str]) -> None:
     from megacell.geneformer.interchange import nemo
     from megacell.geneformer.interchange.open import open_model
 
-    imports, before = time.perf_counter() - start, _peak()
+    imports, before = time.perf_counter() - start, peak_memory()
     start, cpu = time.perf_counter(), time.process_time()
     model = open_model(Path(arguments[0]))
     if arguments[1:]:
         nemo.save(model, Path(arguments[1]))
     figures = {
-        "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "bytes": _peak() - before,
-        "imports_seconds": imports,
+        "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu,
+        "bytes": peak_memory() - before, "imports_seconds": imports,
     }  # fmt: skip
     print(json.dumps(figures))
 

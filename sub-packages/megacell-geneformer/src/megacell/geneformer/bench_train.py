@@ -40,10 +40,10 @@ PEAKS = {  # dense 16-bit TFLOP/s as the vendor states them, by a part of the GP
 class Protocol:
     """How long is measured: a window ends with its steps or its seconds, whichever is first."""
 
-    warmup: int = 20
-    steps: int = 200
-    seconds: float = 30.0
-    windows: int = 3
+    warmup: int
+    steps: int
+    seconds: float
+    windows: int
 
 
 def bench_train(

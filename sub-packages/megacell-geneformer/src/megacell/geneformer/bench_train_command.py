@@ -31,13 +31,18 @@ def register_bench_train(commands: Any) -> None:
         "--batches", default="16", help="cells a step; ours has batch.cells=… instead, if given (default: %(default)s)"
     )
     train.add_argument("--precisions", help="to measure each in, such as fp16,fp32 (default: precision=… alone)")
-    train.add_argument("--warmup", type=int, default=20, help="steps before anything counts (default: %(default)s)")
-    train.add_argument("--steps", type=int, default=200, help="of a window (default: %(default)s)")
-    train.add_argument("--seconds", type=float, default=30.0, help="of a window, at most (default: %(default)s)")
-    train.add_argument("--windows", type=int, default=3, help="whose median counts (default: %(default)s)")
+    add_protocol(train)
     train.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     train.add_argument("--chart", type=Path, metavar="FILE", help="draw them here (.png, .svg)")
     train.set_defaults(run=run_bench_train)
+
+
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how long is measured."""
+    parser.add_argument("--warmup", type=int, default=20, help="steps before anything counts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of a window (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of a window, at most (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=3, help="whose median counts (default: %(default)s)")
 
 
 def run_bench_train(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 
 import csv
 import math
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megacell.geneformer.batches import MicroBatch
+from megacell.store.process_memory import peak_memory
 
 COLUMNS = (
     "step", "loss", "grad_norm", "lr", "masked_tokens", "tokens_per_second", "data_wait", "engine",
@@ -54,7 +54,7 @@ def memory_gib() -> float:
     """Return this process's peak memory: of the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory() / 2**30
 
 
 class Measure:

@@ -62,12 +62,18 @@ class GeneformerModel(ModelPT):
                 self.run.fill(self.bert)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Take whole weights, or of them what belongs to this rank where tensor parallel groups stand."""
+        """Take whole weights, or of them what belongs to this rank where tensor parallel groups stand.
+
+        DataError for weights of which a part would not be this network's: torch cannot tell.
+        """
+        from megacell.geneformer.interchange.tensors import check_tensors, shapes_of
         from megacell.geneformer.model.init import copy_whole
 
         if self.bert is None or self.bert.tp_group.size() == 1:
             return super().load_state_dict(state_dict, strict, assign)
-        return copy_whole(self.bert, {name.removeprefix("bert."): whole for name, whole in state_dict.items()})
+        weights = {name.removeprefix("bert."): whole for name, whole in state_dict.items()}
+        check_tensors(weights, shapes_of(self.sizes, self.sizes.padded_vocabulary), "the weights", "configuration")
+        return copy_whole(self.bert, weights)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the whole weights on the CPU, by name; UsageError for a model that is cut over several ranks."""
