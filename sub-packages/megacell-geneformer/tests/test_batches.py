@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megacell.geneformer.batches import BatchStream, Packer
+from megacell.geneformer.batches import BatchStream
 from megacell.geneformer.lengths import token_lengths
 from megacell.geneformer.masking import MaskSettings
+from megacell.geneformer.packing import Packer
 from megacell.geneformer.ranking import RankEncoder, rank_encode
 from megacell.store.errors import DataError, UsageError
 

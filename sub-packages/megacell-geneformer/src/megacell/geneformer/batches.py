@@ -1,157 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From cells in the store to micro-batches: gathered, ranked, packed and masked in a few compiled passes.
+"""The stream of global batches: which cells each step has, which of them are this rank's, and their micro-batches.
 
 ``BatchStream.step(k)`` is a pure function of k: which cells, which of them are this rank's, their tokens and masks
 follow from the seed alone, so a run may be resumed at any step, and with another number of ranks.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from megacell.geneformer.buffers import Pool, WorkingRoom
 from megacell.geneformer.cell_sets import CellSet
-from megacell.geneformer.compiling import compiled
 from megacell.geneformer.loader import Prefetched
-from megacell.geneformer.masking import TRAINING, VALIDATION, MaskSettings, Rules, mask_cells, stream_key
-from megacell.geneformer.order import Order, Shuffled, global_batch, micro_batches, share_out
-from megacell.geneformer.ranking import RankEncoder, RowsOfStore
+from megacell.geneformer.masking import TRAINING, VALIDATION, MaskSettings, stream_key
+from megacell.geneformer.order import Order, Shuffled, global_batch, micro_batches, ranges_within, share_out
+from megacell.geneformer.packing import MicroBatch, Packer
 from megacell.geneformer.token_folder import encoder_for
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.errors import DataError, MegacellError, UsageError
 
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
-NO_KEYS = np.zeros((0, 2), np.uint32)
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """Packed cells (C cells, T tokens, M of them chosen for prediction).
-
-    Attributes
-    ----------
-    tokens : np.ndarray, int32 [T]
-        Cell after cell without padding between; T is rounded up with pad tokens at the end.
-    positions : np.ndarray, int32 [T]
-        Place of each token within its cell, 0 for pad tokens.
-    cu_seqlens : np.ndarray, int32 [C + 1 or C + 2]
-        Sequence i is ``tokens[cu_seqlens[i]:cu_seqlens[i + 1]]``; pad tokens, if any, are one last sequence.
-    max_seqlen : int
-        Longest sequence, the pad tokens' included.
-    masked : np.ndarray, int32 [M]
-        Places in ``tokens`` that were chosen, ascending, whatever became of the token.
-    labels : np.ndarray, int32 [M]
-        The tokens that stood there.
-    cells : np.ndarray, int64 [C]
-        Global cell numbers.
-    n_tokens : int
-        Real tokens: T without pad tokens.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    cu_seqlens: np.ndarray
-    max_seqlen: int
-    masked: np.ndarray
-    labels: np.ndarray
-    cells: np.ndarray
-    n_tokens: int
-
-
-@compiled
-def _finish(
-    packed: tuple[np.ndarray, np.ndarray],
-    cells: tuple[np.ndarray, np.ndarray],
-    rules: Rules,
-    positions: np.ndarray,
-    ends: np.ndarray,
-    predicted: tuple[np.ndarray, np.ndarray],
-) -> tuple[int, int]:
-    """Number positions, write where sequences end, mask where there are keys; return longest and number chosen."""
-    tokens, cu_lengths = packed
-    n = len(cu_lengths) - 1
-    longest = len(tokens) - cu_lengths[n]
-    ends[0], ends[-1] = 0, len(tokens)
-    for i in range(n):
-        row = positions[cu_lengths[i] : cu_lengths[i + 1]]
-        for j in range(len(row)):
-            row[j] = j
-        ends[i + 1] = cu_lengths[i + 1]
-        longest = max(longest, len(row))
-    for j in range(cu_lengths[n], len(tokens)):
-        positions[j] = 0
-    return longest, mask_cells(packed, cells, rules, predicted[0], predicted[1]) if len(cells[1]) else 0
-
-
-class Packer:
-    """Makes micro-batches from rows of counts.
-
-    Parameters
-    ----------
-    encoder : RankEncoder
-    masking : MaskSettings
-    multiple_of : int
-        The pack's length is rounded up to a multiple of this.
-    """
-
-    def __init__(self, encoder: RankEncoder, masking: MaskSettings, multiple_of: int = 1) -> None:
-        vocabulary = encoder.vocabulary
-        self.encoder, self.multiple_of = encoder, multiple_of
-        is_gene = np.zeros(vocabulary.size, bool)
-        is_gene[vocabulary.gene_tokens] = True
-        self._rules = masking.thresholds(), vocabulary.gene_tokens, is_gene, vocabulary.specials["mask"]
-        self._work, self._pool = WorkingRoom(), Pool()
-
-    def gather(self, store: CellStore, cells: np.ndarray) -> "Rows | RowsOfStore":
-        """Return the rows of ``cells`` for `pack`: in place where they can be read there, else copied.
-
-        Copies are valid until this thread gathers the next.
-        """
-        if isinstance(store, CellStore) and (rows := store.rows_in_place(cells)) is not None:
-            return RowsOfStore(store, rows)
-        return store.gather(cells, empty=lambda size, dtype: self._work.get(f"gathered {dtype}", size, dtype))
-
-    def pack(self, rows: "Rows | RowsOfStore", cells: np.ndarray, keys: np.ndarray | None = None) -> MicroBatch:
-        """Rank, pack and mask.
-
-        Parameters
-        ----------
-        rows : (indptr, genes, counts) or RowsOfStore
-            As `RankEncoder.encode` takes them, or of `gather`.
-        cells : int64 [C]
-            The rows' global cell numbers.
-        keys : uint32 [C, 2], optional
-            `stream_key` of each; without, nothing is masked.
-        """
-        rooms: list[np.ndarray] = []
-
-        def empty(size: int, dtype: type) -> np.ndarray:
-            """Take one piece of memory for all that is as long as the tokens."""
-            rooms.extend(self._pool.empty(4 * size, dtype).reshape(4, size))
-            return rooms[0]
-
-        if isinstance(rows, RowsOfStore):
-            tokens, cu_lengths = self.encoder.encode_in_place(rows, multiple_of=self.multiple_of, empty=empty)
-        else:
-            tokens, cu_lengths = self.encoder.encode(*rows, multiple_of=self.multiple_of, empty=empty)
-        size, n_tokens = len(tokens), int(cu_lengths[-1])
-        positions, masked, labels = rooms[1][:size], rooms[2], rooms[3]
-        ends = np.empty(len(cu_lengths) + (n_tokens < size), np.int32)
-        longest, chosen = _finish(
-            (tokens, cu_lengths), (cells, NO_KEYS if keys is None else keys), self._rules, positions, ends,
-            (masked, labels),
-        )  # fmt: skip
-        return MicroBatch(
-            tokens=tokens,
-            positions=positions,
-            cu_seqlens=ends,
-            max_seqlen=longest,
-            masked=masked[:chosen],
-            labels=labels[:chosen],
-            cells=cells,
-            n_tokens=n_tokens,
-        )
+TOKENS_AT_ONCE = 1 << 19  # of the micro-batches made in one go: 8 MiB
 
 
 def _pack_tokens(lengths: np.ndarray, budget: int) -> list[int]:
@@ -271,7 +137,12 @@ class BatchStream:
         lengths = self._packer.encoder.input_lengths(self.lengths[cells])
         mine = np.flatnonzero(share_out(lengths, self.ranks) == self.rank)
         parts = [mine[part] for part in micro_batches(lengths[mine], self.token_budget)]
-        return [self._micro_batch(k, cells[part], epochs[part], lengths[part]) for part in parts]
+        keys = self._keys(epochs)
+        made: list[MicroBatch] = []
+        for begin, end in ranges_within(np.array([lengths[part].sum() for part in parts]), TOKENS_AT_ONCE):
+            first, these = np.cumsum([0, *map(len, parts[begin:end])]), np.concatenate(parts[begin:end])
+            made += self._micro_batches(k, cells[these], keys[these], lengths[these], first)
+        return made
 
     def evenness(self, k: int) -> tuple[float, float]:
         """Return the imbalance and the fill of step ``k``, from lengths alone.
@@ -326,19 +197,21 @@ class BatchStream:
         which, epochs = global_batch(k, self.global_batch, len(self.cells), self.seed, self.order)
         return self.cells[which], epochs
 
-    def _micro_batch(self, k: int, cells: np.ndarray, epochs: np.ndarray, lengths: np.ndarray) -> MicroBatch:
+    def _keys(self, epochs: np.ndarray) -> np.ndarray:
+        """Return the key of each cell's random numbers, uint32 [n, 2]."""
         stream = VALIDATION if self.validation else TRAINING
         different, which = np.unique(epochs, return_inverse=True)
-        keys = np.stack([stream_key(self.seed, epoch, stream) for epoch in different.tolist()])[which]
+        return np.array([stream_key(self.seed, epoch, stream) for epoch in different.tolist()])[which]
+
+    def _micro_batches(
+        self, k: int, cells: np.ndarray, keys: np.ndarray, lengths: np.ndarray, first: np.ndarray
+    ) -> list[MicroBatch]:
         try:
-            batch = self._packer.pack(self._packer.gather(self.store, cells), cells, keys)
-            if not np.array_equal(np.diff(batch.cu_seqlens)[: len(cells)], lengths):
-                raise DataError("their lengths are not those recorded for this store and vocabulary; count them again")
+            return self._packer.packs(self._packer.gather(self.store, cells), cells, keys, first, lengths)
         except (MegacellError, ArithmeticError, LookupError, OSError, ValueError, TypeError, MemoryError) as error:
             blamed = self._failing(cells, lengths)
             named = ", ".join(map(str, blamed[:8])) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "")
             raise DataError(f"{self.store.path}: step {k}, cells {named}: {error}") from error
-        return batch
 
     def _failing(self, cells: np.ndarray, lengths: np.ndarray) -> list[int]:
         """Return the cells that fail by themselves; all, where none does."""

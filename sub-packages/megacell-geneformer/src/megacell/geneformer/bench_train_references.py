@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from megacell.geneformer.batches import BatchStream, MicroBatch
+from megacell.geneformer.batches import BatchStream
+from megacell.geneformer.packing import MicroBatch
 from megacell.geneformer.training import device, settings
 from megacell.geneformer.training.data import TrainingData
 

@@ -10,11 +10,11 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from megacell.geneformer.batches import Packer
 from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.model.attention import attention_maps
 from megacell.geneformer.model.bert import Pack
 from megacell.geneformer.model.layers import PostNormLayer
+from megacell.geneformer.packing import Packer
 from megacell.geneformer.ranking import RankEncoder
 from megacell.geneformer.training import device
 from megacell.store.errors import UsageError

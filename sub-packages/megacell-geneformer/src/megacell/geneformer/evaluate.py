@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from megacell.geneformer.batches import BatchStream, MicroBatch
+from megacell.geneformer.batches import BatchStream
 from megacell.geneformer.cell_sets import CellSet
 from megacell.geneformer.count_arithmetic import CountArithmetic
 from megacell.geneformer.lengths import token_lengths
 from megacell.geneformer.masking import MaskSettings
+from megacell.geneformer.packing import MicroBatch
 from megacell.geneformer.split import SplitSettings, split_cells
 from megacell.geneformer.token_folder import TokenFolder, open_cells
 from megacell.geneformer.training.data import cells_in_use, coverage_line, gene_tokens, masked_ranks, some_of

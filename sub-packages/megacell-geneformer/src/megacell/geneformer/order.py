@@ -8,6 +8,7 @@ longest-processing-time rule (Graham 1969).
 """
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -278,3 +279,13 @@ def micro_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
         if not bins or np.bincount(bin_of, weights=lengths, minlength=bins).max() <= budget:
             return [np.flatnonzero(bin_of == b) for b in range(bins)]
         bins += 1
+
+
+def ranges_within(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges, in order, whose ``lengths`` (int [n]) sum to at most ``most``; one that is longer stands alone."""
+    ends, first = np.cumsum(lengths), 0
+    while first < len(lengths):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield first, last
+        first = last

@@ -125,7 +125,6 @@ class RankEncoder:
         genes: np.ndarray,
         counts: np.ndarray,
         dtype: type = np.int32,
-        multiple_of: int = 1,
         empty: Empty | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode rows of counts.
@@ -140,8 +139,6 @@ class RankEncoder:
             Not negative, finite.
         dtype : type, default int32
             Of the tokens.
-        multiple_of : int, default 1
-            The tokens' array is filled up with pad tokens to a multiple of this.
         empty : callable, optional
             Makes the array that begins with the tokens, of a size and dtype; a pool's memory by default.
 
@@ -154,15 +151,15 @@ class RankEncoder:
         """
         if counts.dtype.itemsize == 1:
             counts = counts.astype(np.float32)  # only in a store's files does a byte of 255 stand for more
-        out, cu_lengths = self._out(indptr, dtype, multiple_of, empty)
+        out, cu_lengths = self._out(indptr, dtype, empty)
         room = self._room(int(np.diff(indptr).max(initial=0)))
         damaged = rank_rows(indptr, genes, counts, NOWHERE, self._genes, room, self._layout, cu_lengths, out)
         if damaged >= 0:
             raise DataError(f"row {damaged} has a gene beyond the {len(self.tokens)} that were named")
-        return self._padded(out, cu_lengths, multiple_of), cu_lengths
+        return out[: cu_lengths[-1]], cu_lengths
 
     def encode_in_place(
-        self, rows: "RowsOfStore", dtype: type = np.int32, multiple_of: int = 1, empty: Empty | None = None
+        self, rows: "RowsOfStore", dtype: type = np.int32, empty: Empty | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode rows as they lie in a store's mapped files: what `encode` makes of their copies.
 
@@ -171,19 +168,18 @@ class RankEncoder:
         DataError
             A shard with numbers that cannot be right.
         """
-        out, cu_lengths = self._out(rows.where.indptr, dtype, multiple_of, empty)
+        out, cu_lengths = self._out(rows.where.indptr, dtype, empty)
         room = self._room(rows.where.longest)
         damaged = rank_rows_in_place(rows.where, self._genes, room, self._layout, cu_lengths, out)
         if damaged >= 0:
             raise rows.store.damaged(int(rows.where.shard[damaged]))
-        return self._padded(out, cu_lengths, multiple_of), cu_lengths
+        return out[: cu_lengths[-1]], cu_lengths
 
-    def _out(self, indptr: np.ndarray, dtype: type, multiple_of: int, empty: Empty | None) -> tuple[np.ndarray, ...]:
+    def _out(self, indptr: np.ndarray, dtype: type, empty: Empty | None) -> tuple[np.ndarray, ...]:
         """Return room for the tokens and for the ends of rows."""
         n = len(indptr) - 1
         most = min(n * self.max_length, int(indptr[-1]) + n * self.around)
-        size = -(-most // multiple_of) * multiple_of
-        return (empty or self._pool.empty)(size, dtype), np.empty(n + 1, np.int64)
+        return (empty or self._pool.empty)(most, dtype), np.empty(n + 1, np.int64)
 
     def _room(self, width: int) -> Room:
         """Return this thread's room to work on rows of up to ``width`` counts."""
@@ -200,12 +196,6 @@ class RankEncoder:
                 sums=np.zeros(self.vocabulary.size),
             )
         return room
-
-    def _padded(self, out: np.ndarray, cu_lengths: np.ndarray, multiple_of: int) -> np.ndarray:
-        used = int(cu_lengths[-1])
-        out = out[: -(-used // multiple_of) * multiple_of]
-        out[used:] = self.vocabulary.specials["pad"]
-        return out
 
 
 def _genes(tokens: np.ndarray, vocabulary: Vocabulary) -> Genes:

@@ -180,16 +180,13 @@ class TokenCopier(RankEncoder):
         genes: np.ndarray,
         counts: np.ndarray,
         dtype: type = np.int32,
-        multiple_of: int = 1,
         empty: Empty | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Copy rows of tokens, cut at max_length before their suffix; arguments as for `RankEncoder.encode`."""
         cu_lengths = np.zeros(len(indptr), np.int64)
         np.cumsum(self.input_lengths(self.known_genes(indptr, genes, counts)), out=cu_lengths[1:])
-        used = int(cu_lengths[-1])
-        out = (empty or self._pool.empty)(-(-used // multiple_of) * multiple_of, dtype)
+        out = (empty or self._pool.empty)(int(cu_lengths[-1]), dtype)
         _cut(indptr, genes, cu_lengths, len(self.vocabulary.suffix), out)
-        out[used:] = self.vocabulary.specials["pad"]
         return out, cu_lengths
 
 

@@ -11,11 +11,12 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from megacell.geneformer.baselines import TokenFrequency
-from megacell.geneformer.batches import BatchStream, MicroBatch
+from megacell.geneformer.batches import BatchStream
 from megacell.geneformer.cell_sets import CellSet, choose_cells, column_of
 from megacell.geneformer.lengths import token_lengths
 from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.order import BlockShuffled, Order, Shuffled, Weighted
+from megacell.geneformer.packing import MicroBatch
 from megacell.geneformer.split import SplitSettings, split_cells
 from megacell.geneformer.token_folder import TokenFolder, open_cells
 from megacell.geneformer.training.recorded import open_recorded

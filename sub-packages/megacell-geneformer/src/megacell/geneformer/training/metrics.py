@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megacell.geneformer.batches import MicroBatch
+from megacell.geneformer.packing import MicroBatch
 from megacell.store.process_memory import peak_memory
 
 COLUMNS = (

@@ -11,9 +11,9 @@ from nemo.core import ModelPT
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig
 
-from megacell.geneformer.batches import MicroBatch
 from megacell.geneformer.interchange.nemo import NemoArchive
 from megacell.geneformer.model.config import Layout, ModelConfig
+from megacell.geneformer.packing import MicroBatch
 from megacell.geneformer.training import device
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store.errors import UsageError

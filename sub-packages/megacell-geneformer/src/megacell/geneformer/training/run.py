@@ -18,12 +18,13 @@ from megatron.core import parallel_state
 from omegaconf import DictConfig, OmegaConf
 
 from megacell.geneformer.baselines import TokenFrequency, frequency_log_prior
-from megacell.geneformer.batches import BatchStream, MicroBatch
+from megacell.geneformer.batches import BatchStream
 from megacell.geneformer.interchange.open import check_fit, load_into
 from megacell.geneformer.loader import Prefetched
 from megacell.geneformer.model.attention import choose_backend
 from megacell.geneformer.model.bert import PackedBert
 from megacell.geneformer.model.init import initialise
+from megacell.geneformer.packing import MicroBatch
 from megacell.geneformer.training import checkpoint, launch, settings
 from megacell.geneformer.training.data import (
     TrainingData,
