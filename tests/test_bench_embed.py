@@ -35,12 +35,19 @@ def test_all_contenders_give_the_same_embeddings_and_figures(store, vocabulary):
 
 
 @pytest.mark.exhaustive
+def test_a_model_is_converted_and_opened_in_less_than_three_times_its_size(vocabulary):
+    files = bench_embed.bench_files(Vocabulary.open(vocabulary), "geneformer_106m", 1)
+    assert max(files[f"{what}_memory_of_its_size"] for what in ("convert", "return", "open")) < 3
+
+
+@pytest.mark.exhaustive
 def test_the_command_measures_models_as_well(store, vocabulary, tmp_path):
     said = fine(
         "bench", "embed", store, "--vocabulary", vocabulary, "--model", "tiny", "--files", "tiny", "--cells", "4",
         "--batch", "2", "--rounds", "1", "--json", tmp_path / "f.json",
     )  # fmt: skip
     files = json.loads((tmp_path / "f.json").read_text())["files"]
-    assert files["convert_seconds"] > 0
-    assert files["convert_memory_of_its_size"] > 0
+    for what in ("convert", "return", "open"):
+        assert files[f"{what}_seconds"] > 0
+        assert files[f"{what}_memory_of_its_size"] > 0
     assert "times its size" in said

@@ -19,6 +19,7 @@ from megacell.geneformer.interchange import hugging_face, nemo
 from megacell.geneformer.interchange.open import check_fit, load_into, open_model
 from megacell.geneformer.model.attention import attention_maps
 from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.init import copy_whole
 from megacell.geneformer.training import device
 from megacell.store.errors import DataError, MegacellError, UsageError
 
@@ -165,6 +166,40 @@ def test_training_may_start_from_it(directory, vocabulary):
             parameter.zero_()
         load_into(model.bert, model.sizes, vocabulary, directory)
     assert all(torch.equal(tensor, model.weights()[name]) for name, tensor in before.items())
+
+
+def test_weights_of_half_precision_are_widened_before_anything_is_computed(directory, vocabulary, tmp_path):
+    half, wide = tmp_path / "half", tmp_path / "wide"
+    state = {name: tensor.bfloat16() for name, tensor in load_file(directory / "model.safetensors").items()}
+    for folder, tensors in ((half, state), (wide, {name: tensor.float() for name, tensor in state.items()})):
+        shutil.copytree(directory, folder)
+        save_file(tensors, folder / "model.safetensors")
+    one, other = (open_model(folder, vocabulary).weights() for folder in (half, wide))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert {tensor.dtype for tensor in one.values()} == {torch.float32}
+
+
+def test_a_standing_network_is_unchanged_by_weights_that_are_refused(directory, vocabulary):
+    model = open_model(directory, vocabulary)
+    before = {name: tensor.clone() for name, tensor in model.weights().items()}
+
+    def spoil(state):
+        state[max(state)][..., -1] = float("nan")
+
+    change_tensors(lambda state: [tensor.mul_(2) for tensor in state.values()])(directory)
+    change_tensors(spoil)(directory)
+    with pytest.raises(DataError, match="NaN"), device.single_process():
+        load_into(model.bert, model.sizes, vocabulary, directory)
+    assert all(torch.equal(tensor, model.weights()[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(("name", "given"), [("lm_head.dense.bias", []), ("unknown", ["unknown"])])
+def test_weights_that_are_not_the_networks_do_not_fill_it(name, given, directory, vocabulary):
+    model = open_model(directory, vocabulary)
+    weights = {key.removeprefix("bert."): tensor for key, tensor in model.weights().items()}
+    weights.pop(name, None)
+    with pytest.raises(KeyError, match=name):
+        copy_whole(model.bert, [*weights.items(), *((key, torch.zeros(1)) for key in given)])
 
 
 # -- what is refused

@@ -8,6 +8,7 @@ the embeddings are seen to agree.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -185,14 +186,17 @@ def _apart(one: np.ndarray, other: np.ndarray, name: str) -> float:
 
 
 def bench_files(vocabulary: Vocabulary, model: str, rounds: int) -> dict[str, Any]:
-    """Measure a Hugging Face directory's conversion to .nemo, and that file's opening, each in a fresh process."""
+    """Measure a Hugging Face directory's conversion to .nemo and back, and that file's opening, in fresh processes."""
     with tempfile.TemporaryDirectory(prefix="megacell-bench-") as folder:
         directory, archive = Path(folder) / "model", Path(folder) / "model.nemo"
+        back = Path(folder) / "back"
         hugging_face.save(random_model(model, vocabulary), directory)
-        converted = []
+        converted, returned = [], []
         for _ in range(rounds):
             archive.unlink(missing_ok=True)
             converted.append(_child(directory, archive))
+            shutil.rmtree(back, ignore_errors=True)
+            returned.append(_child(archive, back))
         opened = [_child(archive) for _ in range(rounds)]
         size = archive.stat().st_size
     return {
@@ -200,8 +204,11 @@ def bench_files(vocabulary: Vocabulary, model: str, rounds: int) -> dict[str, An
         "mib": size / 2**20,
         "convert_seconds": median(run["seconds"] for run in converted),
         "convert_memory_of_its_size": max(run["bytes"] for run in converted) / size,
+        "return_seconds": median(run["seconds"] for run in returned),
+        "return_memory_of_its_size": max(run["bytes"] for run in returned) / size,
         "open_seconds": median(run["seconds"] for run in opened),
         "open_cpu_seconds": median(run["cpu_seconds"] for run in opened),
+        "open_memory_of_its_size": max(run["bytes"] for run in opened) / size,
         "imports_seconds": median(run["imports_seconds"] for run in opened),
     }
 
@@ -231,7 +238,9 @@ def table(figures: dict[str, Any]) -> str:
     if files := figures.get("files"):
         lines += [
             f"{files['model']}, {files['mib']:,.0f} MiB, after imports of {files['imports_seconds']:.1f} s:",
-            f"converted in {files['convert_seconds']:.1f} s, {files['convert_memory_of_its_size']:.1f} times its size",
-            f"opened in {files['open_seconds']:.1f} s ({files['open_cpu_seconds']:.1f} s of CPU)",
+            f"converted in {files['convert_seconds']:.1f} s, {files['convert_memory_of_its_size']:.1f} times its size; "
+            f"back in {files['return_seconds']:.1f} s, {files['return_memory_of_its_size']:.1f} times",
+            f"opened in {files['open_seconds']:.1f} s ({files['open_cpu_seconds']:.1f} s of CPU), "
+            f"{files['open_memory_of_its_size']:.1f} times its size",
         ]
     return "\n".join(lines)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from megacell.geneformer.interchange.archive import BROKEN, load_tensors, one_line
+from megacell.geneformer.interchange.directory_tensors import WEIGHTS, find_tensors
 from megacell.geneformer.interchange.model_card import model_card
-from megacell.geneformer.interchange.tensors import Shapes, State, check_tensors
+from megacell.geneformer.interchange.tensors import Shapes, State, Weights, check_tensors
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.model.init import PADDING_BIAS
 from megacell.geneformer.vocabulary import Vocabulary, refuse_existing
@@ -28,7 +28,7 @@ from megacell.store.errors import DataError, UsageError
 ARCHITECTURES = {"post": "BertForMaskedLM", "pre": "MegatronBertForMaskedLM"}
 ACTIVATIONS = ("relu", "gelu")
 MODEL_TYPES = {"post": "bert", "pre": "megatron-bert"}
-CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary"
+CONFIG, VOCABULARY = "config.json", "vocabulary"
 SIZES = {  # config.json's name → ours
     "num_hidden_layers": "layers",
     "hidden_size": "hidden",
@@ -88,31 +88,34 @@ def _attentions(network: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield ours, tuple(f"bert.encoder.layer.{i}.attention.self.{name}.{kind}" for name in which)
 
 
-def to_ours(state: State, network: ModelConfig) -> State:
-    """Return Hugging Face's tensors (or gradients) under our names, rows padded to our vocabulary's.
+def to_ours(state: State, network: ModelConfig) -> Weights:
+    """Yield Hugging Face's tensors (or gradients) in float32 under our names, rows padded to our vocabulary's.
 
     Raises
     ------
     KeyError
         A tensor that is not there.
     """
+
+    def padded(name: str, value: float = 0.0) -> torch.Tensor:
+        tensor = state[name].float()
+        return torch.nn.functional.pad(tensor, (*[0, 0] * (tensor.ndim - 1), 0, padding), value=value)
+
     heads, padding = network.heads, network.padded_vocabulary - network.vocabulary_size
     biased = f"{DECODER}.bias" if not network.tied_head and f"{DECODER}.bias" in state else BIAS
-    out = {
-        "embedding.word_embeddings.weight": torch.nn.functional.pad(state[WORDS], (0, 0, 0, padding)),
-        "embedding.position_embeddings.weight": state[POSITIONS] + state[TYPES][0],
-        "output_layer.bias": torch.nn.functional.pad(state[biased], (0, padding), value=PADDING_BIAS),
-    }
+    yield "embedding.word_embeddings.weight", padded(WORDS)
+    yield "embedding.position_embeddings.weight", state[POSITIONS].float() + state[TYPES][0].float()
+    yield "output_layer.bias", padded(biased, PADDING_BIAS)
     if not network.tied_head:
-        out["output_layer.weight"] = torch.nn.functional.pad(state[f"{DECODER}.weight"], (0, 0, 0, padding))
-    out |= {ours: state[theirs] for ours, theirs in _pairs(network)}
-    for ours, theirs in _attentions(network):
-        joined = torch.stack([state[name].unflatten(0, (heads, -1)) for name in theirs], dim=1)  # head, which, size
-        out[ours] = joined.flatten(0, 2)
-    return out
+        yield "output_layer.weight", padded(f"{DECODER}.weight")
+    for ours, single in _pairs(network):
+        yield ours, state[single].float()
+    for ours, three in _attentions(network):
+        parts = [state[name].float().unflatten(0, (heads, -1)) for name in three]
+        yield ours, torch.stack(parts, dim=1).flatten(0, 2)  # head, which, size
 
 
-def to_theirs(weights: State, network: ModelConfig) -> State:
+def to_theirs(weights: State, network: ModelConfig) -> dict[str, torch.Tensor]:
     """Return our whole tensors under Hugging Face's names; the padded rows are left out."""
     rows = network.vocabulary_size
     out = {
@@ -174,26 +177,7 @@ def read_sizes(path: Path) -> ModelConfig:
         raise DataError(f"{file}: {error}") from None
 
 
-def _read_tensors(path: Path) -> State:
-    """Read all tensors of a directory: safetensors, whole or in shards, else torch's with ``weights_only``."""
-    try:
-        if (index := path / f"{WEIGHTS}.index.json").is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise ValueError(f"{index.name} names files outside of the folder")
-            return {key: tensor for name in names for key, tensor in load_file(path / name).items()}
-        if (whole := path / WEIGHTS).is_file():
-            return load_file(whole)
-        if (pickled := path / "pytorch_model.bin").is_file():
-            with open(pickled, "rb") as file:
-                return load_tensors(file, str(pickled))
-    except BROKEN as error:
-        text = one_line(error)
-        raise DataError(f"{path}: its weights cannot be read, or are refused ({text}); fetch them again") from None
-    raise DataError(f"{path}: has neither {WEIGHTS} nor pytorch_model.bin; give the whole directory")
-
-
-def read_directory(path: Path, vocabulary: Vocabulary | None = None) -> tuple[dict[str, Any], State, Vocabulary]:
+def read_directory(path: Path, vocabulary: Vocabulary | None = None) -> tuple[dict[str, Any], Weights, Vocabulary]:
     """Read a Hugging Face directory.
 
     Parameters
@@ -206,8 +190,8 @@ def read_directory(path: Path, vocabulary: Vocabulary | None = None) -> tuple[di
     -------
     cfg : dict
         As in a .nemo file.
-    weights : dict of Tensor
-        Whole, float32, under our names.
+    weights : iterator of (str, Tensor)
+        Whole, float32, under our names; checked already.
     vocabulary : Vocabulary
 
     Raises
@@ -222,9 +206,8 @@ def read_directory(path: Path, vocabulary: Vocabulary | None = None) -> tuple[di
             f"{path}: the model has {network.vocabulary_size:,} tokens, vocabulary {vocabulary.name} "
             f"{vocabulary.size:,}: another dictionary; give the one it was trained with"
         )
-    state = _read_tensors(path)
+    state = find_tensors(path)
     _check(path, state, network)
-    state = {name: tensor.float() for name, tensor in state.items()}
     provenance = {"step": 0, "made": "imported", "from": path.resolve().name, "format": ARCHITECTURES[network.norm]}
     cfg = {"network": network.to_dict(), "precision": "fp32", "vocabulary": vocabulary.hash, "provenance": provenance}
     return cfg, to_ours(state, network), vocabulary
@@ -249,11 +232,10 @@ def _find_vocabulary(path: Path, network: ModelConfig, given: Vocabulary | None)
 
 def _check(path: Path, state: State, network: ModelConfig) -> None:
     """Refuse tensors that are not the network's; a tied model may hold its decoder too, if it is the embedding."""
-    shapes, spare = _shapes(network), {f"{DECODER}.weight", f"{DECODER}.bias"}
+    shapes = _shapes(network)
     if not network.tied_head and f"{DECODER}.bias" in state:
         shapes[f"{DECODER}.bias"] = shapes[BIAS]
-    held = {name: tensor for name, tensor in state.items() if name in shapes or name not in spare}
-    check_tensors({n: t for n, t in held.items() if not n.startswith(UNUSED)}, shapes, str(path), CONFIG)
+    check_tensors(state, shapes, str(path), CONFIG, (*UNUSED, f"{DECODER}.weight", f"{DECODER}.bias"))
     if network.tied_head and f"{DECODER}.weight" in state and not torch.equal(state[f"{DECODER}.weight"], state[WORDS]):
         raise DataError(f"{path}: {CONFIG} says that embedding and decoder are one, but the two differ; it is refused")
 

@@ -15,7 +15,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from megacell.geneformer.interchange import nemo_1
 from megacell.geneformer.interchange.archive import Archive, load_tensors, one_line, open_archive
-from megacell.geneformer.interchange.tensors import State, check_tensors, shapes_of
+from megacell.geneformer.interchange.tensors import State, Weights, check_tensors, shapes_of
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store.errors import DataError, UsageError
@@ -56,8 +56,8 @@ class NemoArchive(SaveRestoreConnector):
             return load_tensors(file, str(model_weights))
 
 
-def read_archive(path: Path, given: Vocabulary | None = None) -> tuple[dict, State, Vocabulary]:
-    """Return an archive's configuration, its whole (uncut) weights on the CPU, by our names, and its vocabulary.
+def read_archive(path: Path, given: Vocabulary | None = None) -> tuple[dict, Weights, Vocabulary]:
+    """Return an archive's configuration, its whole (uncut) weights on the CPU, checked, and its vocabulary.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def read_archive(path: Path, given: Vocabulary | None = None) -> tuple[dict, Sta
                 raise DataError(f"{path}: {str(error).removeprefix(folder + os.sep)}") from None
         weights = {name.removeprefix("bert."): tensor for name, tensor in archive.tensors(WEIGHTS).items()}
         _check_weights(weights, cfg, vocabulary, path)
-        return cfg, weights, vocabulary
+        return cfg, iter(weights.items()), vocabulary
 
 
 def read_config(path: Path) -> dict:

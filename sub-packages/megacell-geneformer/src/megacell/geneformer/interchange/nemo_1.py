@@ -13,7 +13,7 @@ import torch
 
 from megacell.geneformer.bionemo_dictionaries import make_vocabulary, read_tokens
 from megacell.geneformer.interchange.archive import Archive
-from megacell.geneformer.interchange.tensors import BIAS, POSITIONS, WORDS, State, check_tensors, shapes_of
+from megacell.geneformer.interchange.tensors import BIAS, POSITIONS, WORDS, Weights, check_tensors, shapes_of
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.model.init import PADDING_BIAS
 from megacell.geneformer.vocabulary import Vocabulary
@@ -40,6 +40,7 @@ CUT = {  # along which dimension tensor parallel ranks shared a tensor out
 UNUSED = ("pooler.", "binary_head.", "output_layer.weight")  # the decoder is the embedding
 TYPES = "embedding.tokentype_embeddings.weight"
 PADDED_TO = 128  # rows of the embedding, a tensor parallel rank
+Tensors = dict[str, torch.Tensor]
 RANK = re.compile(r"(?:tp|mp)_rank_(\d+)(?:_pp_rank_(\d+))?")
 
 
@@ -48,7 +49,9 @@ def is_nemo_1(cfg: dict[str, Any]) -> bool:
     return "network" not in cfg and {"num_layers", "hidden_size"} <= set(cfg)
 
 
-def read(archive: Archive, cfg: dict[str, Any], path: Path, given: Vocabulary | None) -> tuple[dict, State, Vocabulary]:
+def read(
+    archive: Archive, cfg: dict[str, Any], path: Path, given: Vocabulary | None
+) -> tuple[dict, Weights, Vocabulary]:
     """Read a Megatron BERT.
 
     Parameters
@@ -65,8 +68,8 @@ def read(archive: Archive, cfg: dict[str, Any], path: Path, given: Vocabulary | 
     -------
     cfg : dict
         As in a .nemo file of ours.
-    weights : dict of Tensor
-        Whole, float32, under our names.
+    weights : iterator of (str, Tensor)
+        Whole, float32, under our names; checked already.
     vocabulary : Vocabulary
 
     Raises
@@ -77,10 +80,10 @@ def read(archive: Archive, cfg: dict[str, Any], path: Path, given: Vocabulary | 
     vocabulary = _vocabulary(archive, path, given)
     network = _sizes(cfg, path, vocabulary)
     state = _join(_parts(archive, cfg, path), path)
-    weights = _to_ours(state, network, cfg, path)
+    _check(state, network, cfg, path)
     provenance = {"step": 0, "made": "imported", "from": path.name, "format": "NeMo 1 Megatron BERT"}
     made = {"network": network.to_dict(), "precision": "fp32", "vocabulary": vocabulary.hash, "provenance": provenance}
-    return made, weights, vocabulary
+    return made, _to_ours(state, network), vocabulary
 
 
 def _vocabulary(archive: Archive, path: Path, given: Vocabulary | None) -> Vocabulary:
@@ -138,7 +141,7 @@ def _sizes(cfg: dict[str, Any], path: Path, vocabulary: Vocabulary) -> ModelConf
         raise DataError(f"{path}: {error}") from None
 
 
-def _parts(archive: Archive, cfg: dict[str, Any], path: Path) -> list[State]:
+def _parts(archive: Archive, cfg: dict[str, Any], path: Path) -> list[Tensors]:
     """Return the tensors of each tensor parallel rank, under our names."""
     files = sorted(name for name in archive.names if name.rpartition("/")[2] == WEIGHTS)
     ranks = [RANK.fullmatch(name.partition("/")[0]) for name in files if "/" in name]
@@ -160,37 +163,40 @@ def _rename(name: str) -> str:
     return name
 
 
-def _join(parts: list[State], path: Path) -> State:
-    """Put together what tensor parallel ranks hold; what is not cut is the first one's."""
+def _join(parts: list[Tensors], path: Path) -> Tensors:
+    """Put together what tensor parallel ranks hold, which is let go; what is not cut is the first one's."""
     first, *others = parts
     if any(set(part) != set(first) for part in others):
         raise DataError(f"{path}: its tensor parallel ranks hold different tensors; give the whole model")
     cut = {end: dimension for dimension, ends in CUT.items() for end in ends}
     out = {}
-    for name, tensor in first.items():
+    for name in list(first):
+        pieces = [part.pop(name) for part in parts]
         dimension = next((d for end, d in cut.items() if name.endswith(end)), None)
-        if others and dimension is not None and tensor.ndim > dimension:
-            tensor = torch.cat([part[name] for part in parts], dimension)
-        out[name] = tensor
+        whole = not others or dimension is None or pieces[0].ndim <= dimension
+        out[name] = pieces[0] if whole else torch.cat(pieces, dimension or 0)
     return out
 
 
-def _to_ours(state: State, network: ModelConfig, cfg: dict[str, Any], path: Path) -> State:
-    """Check names and shapes, and cut the padding of the vocabulary to ours."""
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(UNUSED)}
-    rows = network.vocabulary_size
-    multiple = int(cfg.get("make_vocab_size_divisible_by") or PADDED_TO) * int(
-        cfg.get("tensor_model_parallel_size") or 1
-    )
-    padded = -(-rows // multiple) * multiple
-    shapes = shapes_of(network, padded)
+def _check(state: Tensors, network: ModelConfig, cfg: dict[str, Any], path: Path) -> None:
+    """Refuse tensors that are not the network's; its vocabulary is padded otherwise than ours."""
+    ranks = int(cfg.get("tensor_model_parallel_size") or 1)
+    multiple = int(cfg.get("make_vocab_size_divisible_by") or PADDED_TO) * ranks
+    shapes = shapes_of(network, -(-network.vocabulary_size // multiple) * multiple)
     if TYPES in state:
         shapes[TYPES] = (2, network.hidden)
-    check_tensors(state, shapes, str(path), CONFIG)
-    out = {name: tensor.float() for name, tensor in state.items()}
-    if (types := out.pop(TYPES, None)) is not None:
-        out[POSITIONS] = out[POSITIONS] + types[0]
-    spare = network.padded_vocabulary - rows
-    out[WORDS] = torch.nn.functional.pad(out[WORDS][:rows], (0, 0, 0, spare))
-    out[BIAS] = torch.nn.functional.pad(out[BIAS][:rows], (0, spare), value=PADDING_BIAS)
-    return out
+    check_tensors(state, shapes, str(path), CONFIG, UNUSED)
+
+
+def _to_ours(state: Tensors, network: ModelConfig) -> Weights:
+    """Yield the tensors in float32, the padding of the vocabulary cut to ours."""
+    rows, spare = network.vocabulary_size, network.padded_vocabulary - network.vocabulary_size
+    for name in shapes_of(network, network.padded_vocabulary):
+        tensor = state[name].float()
+        if name == POSITIONS and TYPES in state:
+            tensor = tensor + state[TYPES][0].float()
+        elif name == WORDS:
+            tensor = torch.nn.functional.pad(tensor[:rows], (0, 0, 0, spare))
+        elif name == BIAS:
+            tensor = torch.nn.functional.pad(tensor[:rows], (0, spare), value=PADDING_BIAS)
+        yield name, tensor

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from megacell.geneformer.interchange.tensors import Weights
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store.errors import DataError, UsageError
@@ -70,7 +71,7 @@ def open_model(path: Path, vocabulary: Vocabulary | None = None):
     return model
 
 
-def _built(cfg: dict, weights: dict, vocabulary: Vocabulary):
+def _built(cfg: dict, weights: Weights, vocabulary: Vocabulary):
     """Return the network that a configuration describes, filled with whole weights."""
     from megacell.geneformer.model.init import copy_whole
     from megacell.geneformer.training import device

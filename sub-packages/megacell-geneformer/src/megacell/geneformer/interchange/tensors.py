@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a network's tensors are called here, and the check that those of a file are they."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -11,7 +11,8 @@ from megacell.store.errors import DataError
 WORDS, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
 BIAS, DECODER = "output_layer.bias", "output_layer.weight"
 
-State = dict[str, torch.Tensor]
+State = Mapping[str, torch.Tensor]
+Weights = Iterator[tuple[str, torch.Tensor]]  # checked, whole, by our names, each made when it is its turn
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -37,22 +38,26 @@ def shapes_of(network: ModelConfig, rows: int) -> Shapes:
     return shapes
 
 
-def check_tensors(state: Mapping[str, torch.Tensor], shapes: Shapes, place: str, config: str) -> None:
+def check_tensors(state: State, shapes: Shapes, place: str, config: str, unused: tuple[str, ...] = ()) -> None:
     """Refuse tensors that are missing, unknown, of another shape or kind, or not finite.
 
     Parameters
     ----------
     state : mapping of Tensor
+        Of which one at a time is asked for.
     shapes : dict
         What has to be there.
     place, config : str
         The file, and the one beside the tensors that the shapes follow from, for messages.
+    unused : tuple of str
+        How the names of others begin that may be there, and are not looked at.
 
     Raises
     ------
     DataError
     """
-    for names, what in ((set(shapes) - set(state), "missing"), (set(state) - set(shapes), "unknown")):
+    unknown = {name for name in set(state) - set(shapes) if not name.startswith(unused)}
+    for names, what in ((set(shapes) - set(state), "missing"), (unknown, "unknown")):
         if names:
             first = sorted(names)[0]
             mend = "give the pretrained model, whole"

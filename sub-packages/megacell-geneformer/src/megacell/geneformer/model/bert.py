@@ -13,9 +13,11 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megacell.geneformer.model.config import Layout, ModelConfig, megatron_config
+from megacell.geneformer.model.init import allocate
 from megacell.geneformer.model.layers import LMHead, encoder_parts
 from megacell.geneformer.model.loss import cut_cross_entropy
 
@@ -61,7 +63,7 @@ class Pack:
 
 
 class PackedBert(LanguageModule):
-    """Geneformer's network: one pack in, one loss a masked gene out.
+    """Geneformer's network: one pack in, one loss a masked gene out. Weights are zeros until `model.init` fills them.
 
     Its parts have the names of Megatron-core's ``BertModel``, which knows neither packs nor post-LN, and whose head
     would work on every token and on this rank's tokens only.
@@ -75,7 +77,12 @@ class PackedBert(LanguageModule):
 
     def __init__(self, model: ModelConfig, layout: Layout):
         config = megatron_config(model, layout)
-        super().__init__(config)
+        with torch.device("meta"):  # Megatron would make each weight several times over, and leave holes in the memory
+            super().__init__(config)
+            self._make_parts(model, config)
+        allocate(self)
+
+    def _make_parts(self, model: ModelConfig, config: TransformerConfig) -> None:
         self.norm = model.norm
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = self.post_process = True  # both ends of the network are here: no pipeline

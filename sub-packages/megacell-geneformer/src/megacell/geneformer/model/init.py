@@ -3,6 +3,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 from megatron.core import parallel_state
@@ -62,8 +63,26 @@ def initialise(bert: torch.nn.Module, model: ModelConfig, seed: int, head_bias: 
             parameter.copy_(_own_part(parameter, whole))
 
 
-def copy_whole(bert: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copy whole (uncut) weights into this rank's part of the network, in place; the names must match exactly."""
+def allocate(bert: torch.nn.Module) -> None:
+    """Give every parameter that was made on the meta device memory on the CPU, all zeros, in place."""
+    for parameter in bert.parameters():
+        here = torch.nn.Parameter(torch.zeros_like(parameter, device="cpu"), parameter.requires_grad)
+        here.__dict__.update(parameter.__dict__)  # how it is cut, among other things
+        torch.utils.swap_tensors(parameter, here)
+
+
+def copy_whole(bert: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy whole (uncut) weights into this rank's part of the network, in place, one after the other.
+
+    Raises
+    ------
+    KeyError
+        For names that are not those of the network: an unknown one, or at the end one that did not come.
+    """
+    parameters = dict(bert.named_parameters())
     with torch.no_grad():
-        for name, parameter in bert.named_parameters():
-            parameter.copy_(_own_part(parameter, state[name]))
+        for name, whole in weights:
+            parameter = parameters.pop(name)
+            parameter.copy_(_own_part(parameter, whole))
+    if parameters:
+        raise KeyError(f"no weights for {', '.join(sorted(parameters))}")

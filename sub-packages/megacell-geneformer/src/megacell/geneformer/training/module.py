@@ -73,7 +73,7 @@ class GeneformerModel(ModelPT):
             return super().load_state_dict(state_dict, strict, assign)
         weights = {name.removeprefix("bert."): whole for name, whole in state_dict.items()}
         check_tensors(weights, shapes_of(self.sizes, self.sizes.padded_vocabulary), "the weights", "configuration")
-        return copy_whole(self.bert, weights)
+        return copy_whole(self.bert, weights.items())
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the whole weights on the CPU, by name; UsageError for a model that is cut over several ranks."""
