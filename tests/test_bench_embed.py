@@ -24,13 +24,30 @@ def test_what_does_not_agree_is_not_measured():
         bench_embed._apart(ours + 1e-3, ours, "some")
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("as_emb_extractor", [([3, 2], 90), ([1], 90), ([4, 5], 50), ([6], 50)]),
+        ("as_helical", [([0, 1], 90), ([2, 3], 90)]),
+        ("hugging_face_sorted_without_head", [([3, 2], 90), ([1, 4], 60)]),
+        ("hugging_face_fixed", [([0, 1], 128), ([2, 3], 128)]),
+    ],
+)
+def test_cells_are_padded_as_the_packages_do(name, expected):
+    lengths = np.array([10, 60, 70, 90, 50, 40, 30, *[20] * 20])
+    passes = bench_embed.widths(bench_embed.CONTENDERS[name], lengths, 2, 128)
+    assert [(part.tolist(), width) for part, width in passes[: len(expected)]] == expected
+    assert sorted(np.concatenate([part for part, _ in passes])) == list(range(27))
+
+
 def test_all_contenders_give_the_same_embeddings_and_figures(store, vocabulary):
     figures = bench_embed.bench_embed(store, Vocabulary.open(vocabulary), "tiny", 5, 2, 1, list(CONTENDERS))
     assert list(figures["cells_per_second"]) == ["megacell", *CONTENDERS]
     assert figures["cells"] == {"megacell": 5, **dict.fromkeys(CONTENDERS, 5), bench_embed.FIXED: 2}
     assert max(figures["largest_difference"].values()) <= 1e-5
     of = figures["rounds_cells_per_second"]
-    assert figures["times"]["hugging_face_sorted"] == of["megacell"][0] / of["hugging_face_sorted"][0]
+    assert figures["times"]["as_helical"] == of["megacell"][0] / of["as_helical"][0]
+    assert 0 < figures["filled"]["hugging_face_fixed"] < figures["filled"]["as_helical"] <= 1
     assert "hugging_face_fixed" in bench_embed.table(figures)
 
 

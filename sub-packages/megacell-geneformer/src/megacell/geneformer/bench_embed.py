@@ -2,9 +2,10 @@
 """`megacell bench embed`: cells embedded a second, beside Hugging Face's BERT with padding, and models opened.
 
 Protocol: one process, the same random weights and the same cells in both, float32. Ours starts from counts, Hugging
-Face from tokens that are already made. Every round runs each contender once, after one that warms up, so that what else
-the machine does meets all of them; a figure is the median over rounds, and so is each ratio. Before anything counts,
-the embeddings are seen to agree.
+Face from tokens that are already made. Its cells are padded together as each package does by default (`CONTENDERS`),
+and then computed a few at a time, which takes less memory and no longer. Every round runs each contender once, after
+one that warms up, so that what else the machine does meets all of them; a figure is the median over rounds, and so is
+each ratio. Before anything counts, the embeddings are seen to agree.
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -41,6 +43,39 @@ FIXED = "hugging_face_fixed"
 Run = Callable[[], np.ndarray]
 
 
+@dataclass(frozen=True)
+class Way:
+    """How cells are padded and computed: see `CONTENDERS`.
+
+    Attributes
+    ----------
+    by_length : bool
+        Longest first.
+    head : bool
+        Whether logits are computed, too.
+    together : function
+        How many of so many cells are padded to the longest among them; those of one forward pass without it.
+    whole : bool
+        They are padded to the model's length instead.
+    """
+
+    by_length: bool
+    head: bool
+    together: Callable[[int], int] | None = None
+    whole: bool = False
+
+
+CONTENDERS = {
+    # Geneformer's EmbExtractor: 1,000 cells by length, 100 at a time; of fewer a tenth, so that as much is padding
+    "as_emb_extractor": Way(by_length=True, head=True, together=lambda cells: min(100, -(-cells // 10))),
+    # Helical: in the cells' order, 24 at a time
+    "as_helical": Way(by_length=False, head=True, together=lambda cells: 24),
+    # of no package: what is left where the least is padded, and only the layers are computed; and the most padding
+    "hugging_face_sorted_without_head": Way(by_length=True, head=False),
+    FIXED: Way(by_length=False, head=True, whole=True),
+}
+
+
 def bench_embed(
     data: Path, vocabulary: Vocabulary, model: str, cells: int, batch: int, rounds: int, contenders: list[str]
 ) -> dict[str, Any]:
@@ -56,7 +91,7 @@ def bench_embed(
     cells : int
         How many; of the contender that pads to the model's length a batch is enough.
     batch : int
-        Cells of one of Hugging Face's batches.
+        Cells of one forward pass of Hugging Face's.
     rounds : int
     contenders : list of str
         Of `CONTENDERS`.
@@ -83,9 +118,12 @@ def bench_embed(
     runs: dict[str, tuple[Run, int]] = {"megacell": (lambda: embedder.embed(rows)[0], len(tokens))}
     with tempfile.TemporaryDirectory() as folder:
         theirs = _hugging_face(own, Path(folder))
+    filled: dict[str, float] = {}
     for name in contenders:
-        few = tokens[:batch] if name == FIXED else tokens
-        runs[name] = (_padded(theirs, few, batch, vocabulary, name, own.sizes.max_length), len(few))
+        way, few = CONTENDERS[name], tokens[:batch] if name == FIXED else tokens
+        passes = widths(way, np.array([len(cell) for cell in few]), batch, own.sizes.max_length)
+        runs[name] = (_padded(theirs if way.head else theirs.base_model, few, passes, vocabulary), len(few))
+        filled[name] = sum(map(len, few)) / sum(len(part) * width for part, width in passes)
     apart = {name: _apart(run(), runs["megacell"][0]()[:n], name) for name, (run, n) in runs.items()}
     rates: dict[str, list[float]] = {name: [] for name in runs}
     of_cpu: dict[str, list[float]] = {name: [] for name in runs}
@@ -105,6 +143,7 @@ def bench_embed(
         "layer": LAYER,
         "batch": batch,
         "tokens_a_cell": {str(q): int(np.quantile(lengths, q)) for q in (0.0, 0.25, 0.5, 0.75, 1.0)},
+        "filled": filled,
         "cells": {name: n for name, (_, n) in runs.items()},
         "rounds_cells_per_second": rates,
         "cells_per_second": {name: median(own) for name, own in rates.items()},
@@ -137,36 +176,36 @@ def _hugging_face(model: GeneformerModel, folder: Path) -> Any:
     return kind.from_pretrained(folder / "model").to(device.device()).eval()
 
 
-CONTENDERS = {  # whether cells are sorted by length first, and whether the head is computed, as both packages do
-    "hugging_face_sorted": (True, True),  # as Geneformer's EmbExtractor
-    "hugging_face_in_order": (False, True),
-    "hugging_face_sorted_without_head": (True, False),
-    FIXED: (False, True),  # to the model's length
-}
+def widths(way: Way, lengths: np.ndarray, batch: int, longest: int) -> list[tuple[np.ndarray, int]]:
+    """Return which cells each forward pass takes, at most ``batch``, and what they are padded to."""
+    order = np.argsort(-lengths, kind="stable") if way.by_length else np.arange(len(lengths))
+    together = way.together(len(lengths)) if way.together else batch
+    passes = []
+    for group in (order[i : i + together] for i in range(0, len(order), together)):
+        width = longest if way.whole else int(lengths[group].max())
+        passes += [(group[i : i + batch], width) for i in range(0, len(group), batch)]
+    return passes
 
 
-def _padded(network: Any, cells: list[np.ndarray], batch: int, vocabulary: Vocabulary, name: str, longest: int) -> Run:
-    """Return what embeds cells in padded batches, and puts them back into their order."""
-    by_length, head = CONTENDERS[name]
-    order = np.argsort([-len(cell) for cell in cells], kind="stable") if by_length else np.arange(len(cells))
+def _padded(network: Any, cells: list[np.ndarray], passes: list[tuple[np.ndarray, int]], vocabulary: Vocabulary) -> Run:
+    """Return what embeds padded cells, and puts them back into their order."""
     before, after = len(vocabulary.prefix), len(vocabulary.suffix)
     pad, where = vocabulary.specials["pad"], device.device()
 
     @torch.inference_mode()
     def run() -> np.ndarray:
         out = np.empty((len(cells), network.config.hidden_size), np.float32)
-        for part in (order[i : i + batch] for i in range(0, len(order), batch)):
+        for part, width in passes:
             lengths = torch.tensor([len(cells[i]) for i in part])
-            width = longest if name == FIXED else int(lengths.max())
             tokens = torch.full((len(part), width), pad)
             for row, i in zip(tokens, part, strict=True):
                 row[: len(cells[i])] = torch.from_numpy(cells[i].astype(np.int64))
             places = torch.arange(width)
             mask = (places < lengths[:, None]).long()
             inside = ((places >= before) & (places < lengths[:, None] - after)).to(where, torch.float32)[..., None]
-            states = (network if head else network.base_model)(
-                tokens.to(where), attention_mask=mask.to(where), output_hidden_states=True
-            ).hidden_states[-2]
+            states = network(tokens.to(where), attention_mask=mask.to(where), output_hidden_states=True).hidden_states[
+                -2
+            ]
             out[part] = ((states * inside).sum(1) / inside.sum(1)).cpu().numpy()
         return out
 
@@ -227,14 +266,15 @@ def table(figures: dict[str, Any]) -> str:
     where = figures["accelerator"] or f"{figures['hardware']['processor']}, {figures['threads']} threads"
     lines = [
         f"{figures['date']}, {where}, load {figures['load_average_before']:.1f} before; {figures['model']['name']}, "
-        f"fp32, layer {figures['layer']}, batches of {figures['batch']}",
+        f"fp32, layer {figures['layer']}, padded cells computed {figures['batch']} at a time",
         f"tokens a cell (quartiles) {' '.join(map(str, figures['tokens_a_cell'].values()))}; embeddings agree to "
         f"{max(figures['largest_difference'].values()):.0e}",
-        f"{'':36}{'cells/s':>10}{'megacell is':>14}{'in CPU time':>14}",
+        f"{'':36}{'cells/s':>10}{'megacell is':>14}{'in CPU time':>14}{'not padding':>14}",
     ]
     for name, rate in figures["cells_per_second"].items():
         times = [figures[of][name] for of in ("times", "times_of_cpu") if name in figures[of]]
-        lines.append(f"{name:36}{rate:10,.2f}" + "".join(f"{value:12.1f} x" for value in times))
+        share = f"{figures['filled'][name]:14.0%}" if name in figures["filled"] else ""
+        lines.append(f"{name:36}{rate:10,.2f}" + "".join(f"{value:12.1f} x" for value in times) + share)
     if files := figures.get("files"):
         lines += [
             f"{files['model']}, {files['mib']:,.0f} MiB, after imports of {files['imports_seconds']:.1f} s:",

@@ -8,13 +8,16 @@ from typing import Any
 from megacell.geneformer.data_commands import add_command
 from megacell.store.bench_command import bench_actions
 
-CONTENDERS = ("hugging_face_sorted", "hugging_face_in_order", "hugging_face_sorted_without_head", "hugging_face_fixed")
+CONTENDERS = ("as_emb_extractor", "as_helical", "hugging_face_sorted_without_head", "hugging_face_fixed")
 _EXAMPLES = """\
 examples:
   megacell bench embed CELLS.h5ad --vocabulary geneformer-v1 --json figures.json
-  megacell bench embed STORE --vocabulary VOCAB --model geneformer_106m --contenders hugging_face_sorted --files none
+  megacell bench embed STORE --vocabulary VOCAB --model geneformer_106m --contenders as_helical --files none
 
-Weights are random and the same in all; the embeddings are compared before anything is measured.
+Weights are random and the same in all; the embeddings are compared before anything is measured. Beside it stand
+transformers' networks, with the padding of Geneformer's EmbExtractor (by length, a tenth of the cells at a time, 100 at
+most) and of Helical (in the cells' order, 24 at a time), both with the head; by length without the head, and padded to
+the model's length, which are no package's ways.
 """
 
 
@@ -25,7 +28,7 @@ def register_bench_embed(commands: Any) -> None:
     embed.add_argument("--vocabulary", type=Path, required=True, metavar="VOCAB")
     embed.add_argument("--model", default="geneformer_v1_10m", help="a published configuration (default: %(default)s)")
     embed.add_argument("--cells", type=int, default=128, help="the first of DATA (default: %(default)s)")
-    embed.add_argument("--batch", type=int, default=8, help="cells of a padded batch (default: %(default)s)")
+    embed.add_argument("--batch", type=int, default=8, help="padded cells of one forward pass (default: %(default)s)")
     embed.add_argument("--rounds", type=int, default=3, help="whose median counts (default: %(default)s)")
     embed.add_argument(
         "--contenders", default=",".join(CONTENDERS), help="what to measure beside it, or none (default: %(default)s)"
