@@ -79,7 +79,7 @@ def test_a_cell_alone_has_the_embedding_that_it_has_among_others(model, counts, 
 
 @pytest.mark.parametrize("pack_tokens", [1, 100, 333], ids=["a cell", "few cells", "some cells"])
 def test_the_size_of_a_pack_does_not_matter(pack_tokens, model, counts, together, monkeypatch):
-    monkeypatch.setattr(embed, "PACK_TOKENS", pack_tokens)
+    monkeypatch.setitem(embed.PACK_TOKENS, "cpu", pack_tokens)
     vectors, tokens = embedder(model).embed(counts)
     seen = tokens > 0
     assert np.array_equal(tokens, together[1])

@@ -192,6 +192,30 @@ def test_the_order_of_a_cells_genes_matters(model, pack):
     assert float((one - other).norm() / one.norm()) > 0.01
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_where_nothing_is_learned_biases_are_added_at_once_to_the_same_states(norm, pack, monkeypatch):
+    sizes = ModelConfig(
+        layers=2, hidden=32, ffn=64, heads=4, max_length=64, vocabulary_size=104, norm=norm, activation="gelu",
+        tied_head=True, hidden_dropout=0.1, attention_dropout=0.1, layernorm_epsilon=1e-12, init_std=0.02,
+        scaled_init=False,
+    )  # fmt: skip
+    generator, shapes = torch.Generator().manual_seed(0), []
+    linear = torch.nn.functional.linear
+    with device.single_process():
+        bert = PackedBert(sizes, Layout()).eval()
+        with torch.no_grad():
+            for parameter in bert.parameters():
+                parameter.normal_(0.0, 0.3, generator=generator)
+            after = bert.encode(pack)
+        monkeypatch.setattr(
+            torch.nn.functional, "linear", lambda x, w, b=None: shapes.append(tuple(w.shape)) or linear(x, w, b)
+        )
+        with torch.inference_mode():
+            once = bert.encode(pack)
+    assert shapes == [(96, 32), (32, 32), (64, 32), (32, 64)] * 2
+    assert distance(once, after) < 1e-6
+
+
 # the loss, and what is kept for the backward pass
 
 

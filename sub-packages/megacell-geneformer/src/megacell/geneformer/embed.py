@@ -20,7 +20,7 @@ from megacell.geneformer.training import device
 from megacell.store.errors import UsageError
 
 POOLS = ("mean", "cls")
-PACK_TOKENS = 16_384  # of one forward pass
+PACK_TOKENS = {"cpu": 4_096, "cuda": 16_384}  # of one forward pass: what stays in a cache, and what fills a GPU
 
 
 @dataclass
@@ -75,10 +75,11 @@ class Embedder:
         self._packer = Packer(RankEncoder(gene_ids, symbols, self.vocabulary, model.sizes.max_length), MaskSettings())
 
     def packs(self, rows: sp.csr_matrix) -> Iterator[PackedCells]:
-        """Yield the rows as packs of at most `PACK_TOKENS` tokens (or one cell)."""
+        """Yield the rows as packs of at most `PACK_TOKENS` tokens of the model's device (or one cell)."""
         rows = sp.csr_matrix(rows)
         where = next(self.model.bert.parameters()).device
-        for first, last in _ranges(np.minimum(np.diff(rows.indptr) + 2, self.model.sizes.max_length)):
+        most = np.minimum(np.diff(rows.indptr) + 2, self.model.sizes.max_length)
+        for first, last in _ranges(most, PACK_TOKENS[where.type]):
             bounds = rows.indptr[first : last + 1]
             part = slice(bounds[0], bounds[-1])
             gathered = (bounds - bounds[0]).astype(np.int64), rows.indices[part], rows.data[part]
@@ -181,12 +182,12 @@ def layer_number(layer: str | int, layers: int) -> int:
     return number
 
 
-def _ranges(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield ranges of cells, in order, of at most PACK_TOKENS tokens (or one cell)."""
+def _ranges(lengths: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of cells, in order, of at most so many tokens (or one cell)."""
     ends = np.cumsum(lengths)
     first = 0
     while first < len(lengths):
         before = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + PACK_TOKENS, side="right")))
+        last = max(first + 1, int(np.searchsorted(ends, before + tokens, side="right")))
         yield first, last
         first = last

@@ -8,6 +8,7 @@ import copy
 
 import torch
 from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig, TransformerLayer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -23,6 +24,27 @@ class Norm(torch.nn.LayerNorm):
         super().__init__(hidden_size, eps=eps)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class _BiasAtOnce:
+    """A cut linear layer of Megatron, whose bias is added within the product where nothing is learned or cut.
+
+    Megatron adds it afterwards, in a pass of its own over the memory, to fuse it with the dropout of training.
+    """
+
+    def forward(self, states):
+        """Return (product, bias that is still to be added), for states [T, 1, size]."""
+        if torch.is_inference_mode_enabled() and self.tp_group.size() == 1:
+            return torch.nn.functional.linear(states, self.weight, self.bias), None
+        return super().forward(states)
+
+
+class ColumnLinear(_BiasAtOnce, ColumnParallelLinear):
+    """Cut along what it gives."""
+
+
+class RowLinear(_BiasAtOnce, RowParallelLinear):
+    """Cut along what it takes."""
 
 
 class PostNormLayer(TransformerLayer):
@@ -66,7 +88,10 @@ def encoder_parts(model: ModelConfig) -> TransformerBlockSubmodules:
     spec = copy.deepcopy(bert_layer_local_spec)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
-    parts.self_attention.submodules.core_attention = PackedAttention
+    attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
+    attention.core_attention = PackedAttention
+    attention.linear_qkv = mlp.linear_fc1 = ColumnLinear
+    attention.linear_proj = mlp.linear_fc2 = RowLinear
     if model.norm == "post":
         spec.module = PostNormLayer
     return TransformerBlockSubmodules(layer_specs=[spec] * model.layers, layer_norm=Norm)
