@@ -203,10 +203,8 @@ def _padded(network: Any, cells: list[np.ndarray], passes: list[tuple[np.ndarray
             places = torch.arange(width)
             mask = (places < lengths[:, None]).long()
             inside = ((places >= before) & (places < lengths[:, None] - after)).to(where, torch.float32)[..., None]
-            states = network(tokens.to(where), attention_mask=mask.to(where), output_hidden_states=True).hidden_states[
-                -2
-            ]
-            out[part] = ((states * inside).sum(1) / inside.sum(1)).cpu().numpy()
+            given = network(tokens.to(where), attention_mask=mask.to(where), output_hidden_states=True)
+            out[part] = ((given.hidden_states[-2] * inside).sum(1) / inside.sum(1)).cpu().numpy()
         return out
 
     return run
