@@ -121,6 +121,8 @@ class Layout:
         What is computed again in the backward pass, to save memory: nothing, attention, or whole layers.
     precision : {"fp32", "bf16", "fp16"}
         Of parameters and activations; the optimizer's own copy is float32 in any case.
+    compiled : bool
+        Make element-wise operations one kernel each, by ``torch.compile``.
 
     Raises
     ------
@@ -132,6 +134,7 @@ class Layout:
     sequence: bool = False
     recompute: str = "none"
     precision: str = "fp32"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -159,7 +162,7 @@ def megatron_config(model: ModelConfig, layout: Layout):
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
         ffn_hidden_size=model.ffn,
@@ -185,3 +188,5 @@ def megatron_config(model: ModelConfig, layout: Layout):
         bias_dropout_fusion=False,
         **ways[layout.recompute],
     )
+    config.compiled = layout.compiled  # for the parts that are our own
+    return config

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Element-wise operations of the network, each of which ``torch.compile`` makes one kernel where ``compile=true``.
+
+Only these are compiled: between them stand matrix products and collectives, which gain nothing, and attention over each
+cell. The number of tokens is a symbol in a kernel, so that packs of all sizes share it.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megacell.store.errors import UsageError
+
+
+def bias_activation(values: torch.Tensor, bias: torch.Tensor, activation: Callable) -> torch.Tensor:
+    """Return the activation of values + bias."""
+    return activation(values + bias)
+
+
+def bias_dropout_sum(values: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, rate: float) -> torch.Tensor:
+    """Return what dropout leaves of values + bias, on top of the residual."""
+    return residual + F.dropout(values + bias, rate)
+
+
+def bias_dropout_sum_norm(values, bias, residual, rate, weight, shift, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `bias_dropout_sum` and its LayerNorm."""
+    summed = bias_dropout_sum(values, bias, residual, rate)
+    return summed, F.layer_norm(summed, weight.shape, weight, shift, epsilon)
+
+
+def sum_of_exponentials(logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """Return the sum of exp(logits - top) over each row, in float32."""
+    return (logits.float() - top[:, None]).exp_().sum(1)
+
+
+def write_gradient(logits, label, here, normaliser, factor) -> None:
+    """Write the gradient of cross-entropy over a block of logits; all but these are of one value a row."""
+    label, here, normaliser, factor = (values[:, None] for values in (label, here, normaliser, factor))
+    share = (logits.float() - normaliser).exp_().scatter_add_(1, label, -here)
+    logits.copy_(share.mul_(factor))
+
+
+@cache
+def _compiled(operation: Callable) -> Callable:
+    """Compile, once a process.
+
+    On a CPU dropout is drawn as without compiling, by torch's own generator: its numbers are the same, and it is faster.
+    """
+    options = {"fallback_random": not torch.cuda.is_available(), "compile_threads": 1}
+    return torch.compile(operation, dynamic=True, fullgraph=True, options=options)
+
+
+def fused(operation: Callable, compiled: bool) -> Callable[..., Any]:
+    """Return one of the operations above, compiled if asked for."""
+    return _compiled(operation) if compiled else operation
