@@ -125,4 +125,7 @@ class PackedBert(LanguageModule):
         """Return what `forward` does and the likeliest token [M], int64; for a single tensor parallel rank."""
         logits = self.logits(self.encode(pack)[pack.masked])
         likeliest = logits.argmax(1)
-        return cut_cross_entropy(logits, pack.labels, self.tp_group, self.config.compiled), likeliest
+        return self._losses(logits, pack), likeliest
+
+    def _losses(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
+        return cut_cross_entropy(logits, pack.labels, self.tp_group, self.config.compiled)

@@ -5,8 +5,14 @@ Only these are compiled: between them stand matrix products and collectives, whi
 cell. The number of tokens is a symbol in a kernel, so that packs of all sizes share it.
 """
 
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +53,7 @@ def write_gradient(logits, label, here, normaliser, factor) -> None:
 def _compiled(operation: Callable) -> Callable:
     """Compile, once a process.
 
-    On a CPU dropout is drawn as without compiling, by torch's own generator: its numbers are the same, and it is faster.
+    On a CPU torch's own generator draws the dropout, as it does without compiling: the kernel's own is slower there.
     """
     options = {"fallback_random": not torch.cuda.is_available(), "compile_threads": 1}
     return torch.compile(operation, dynamic=True, fullgraph=True, options=options)
@@ -56,3 +62,23 @@ def _compiled(operation: Callable) -> Callable:
 def fused(operation: Callable, compiled: bool) -> Callable[..., Any]:
     """Return one of the operations above, compiled if asked for."""
     return _compiled(operation) if compiled else operation
+
+
+def missing_to_compile() -> str | None:
+    """Name what ``torch.compile`` would need on this machine and has not; None where it has all."""
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("triton") is None:
+            return "Triton (pip install triton)"
+        known = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
+        return None if any(map(shutil.which, known)) else "a C compiler (gcc)"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        return f"a C++ compiler ({compiler})"
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return None if headers.is_file() else f"Python's headers ({headers}, of python3-dev)"
+
+
+def check_compiler() -> None:
+    """Raise UsageError if ``compile=true`` cannot be had on this machine."""
+    if missing := missing_to_compile():
+        raise UsageError(f"compile=true: torch.compile needs {missing}: install it, or leave compile=true out")

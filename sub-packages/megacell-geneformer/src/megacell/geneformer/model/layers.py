@@ -44,7 +44,8 @@ class FeedForward(MLP):
     """Megatron's feed-forward layer, its bias and activation in one operation."""
 
     def __init__(self, config: TransformerConfig):
-        super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+        parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(config, parts, ffn_hidden_size=config.ffn_hidden_size)
         self.activate = fused(bias_activation, config.compiled)
 
     def forward(self, hidden):
