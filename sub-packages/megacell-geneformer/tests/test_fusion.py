@@ -91,7 +91,7 @@ def test_packs_of_other_sizes_need_no_other_graph(how):
     assert graphs == [graphs[0]] * len(sizes)
 
 
-def test_on_a_cpu_dropout_draws_the_same_numbers_compiled(how):
+def test_dropout_draws_the_same_numbers_again(how):
     kind, packs = NETWORKS["pre-LN, GELU"], [pack(1, 6, 30)]
     with device.single_process():
         drawn = []
@@ -100,8 +100,9 @@ def test_on_a_cpu_dropout_draws_the_same_numbers_compiled(how):
             drawn.append(losses_and_gradients(network(0.3, compiled=compiled, **kind), packs)[0])
         still, _ = losses_and_gradients(network(compiled=False, **kind), packs)
     assert drawn[0].equal(drawn[1])
-    torch.testing.assert_close(drawn[0], drawn[2], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(drawn[2], still, rtol=1e-3)
+    assert not torch.allclose(drawn[0], still, rtol=1e-3)
+    if how == "compiled":  # on a CPU, as without
+        torch.testing.assert_close(drawn[0], drawn[2], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_what_is_missing_is_named_before_anything_starts(gpu, has, environment, 
     if needs is None:
         fusion.check_compiler()
         return
-    with pytest.raises(UsageError, match="compile=true: .* needs .*install it, or leave") as refused:
+    with pytest.raises(UsageError, match=r"compile=true: .* needs .*install it, or leave") as refused:
         fusion.check_compiler()
     assert needs in str(refused.value)
     assert "\n" not in str(refused.value)

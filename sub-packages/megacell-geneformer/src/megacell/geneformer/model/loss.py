@@ -41,9 +41,12 @@ class _CutCrossEntropy(torch.autograd.Function):
 
 
 def _blocks(*tensors: torch.Tensor):
-    """Cut all along their rows, evenly: a compiled kernel would be made anew for a last block of one row."""
+    """Cut all along their rows into plain tensors, of even sizes.
+
+    A compiled kernel would be made anew for a view of something else, and for a last block of one row.
+    """
     count = max(1, -(-len(tensors[0]) // ROWS[tensors[0].device.type]))
-    return zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)
+    return zip(*([part.data for part in tensor.tensor_split(count)] for tensor in tensors), strict=True)
 
 
 def cut_cross_entropy(
