@@ -34,6 +34,7 @@ def how(request, monkeypatch):
             torch, "compile", lambda f, options, **kwargs: compile_(f, backend="aot_eager_decomp_partition", **kwargs)
         )
     yield request.param
+    assert not torch._dynamo.utils.counters["graph_break"]
     fusion._compiled.cache_clear()
 
 

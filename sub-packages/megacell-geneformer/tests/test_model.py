@@ -114,7 +114,7 @@ def test_the_backend_is_one_that_is_exact_there(where, dtype, dropout, backend):
 
 
 def test_the_attentions_that_can_be_asked_for_are_those_that_there_are():
-    assert ATTENTIONS == ("auto", *attention.BACKENDS)
+    assert ("auto", *attention.BACKENDS) == ATTENTIONS
     for asked in attention.BACKENDS:
         assert attention.choose_backend(torch.device("cpu"), torch.float32, 0.1, asked) == asked
 
