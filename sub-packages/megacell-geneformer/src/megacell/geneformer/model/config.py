@@ -193,7 +193,6 @@ def megatron_config(model: ModelConfig, layout: Layout):
         output_layer_init_method=torch.nn.init.zeros_,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
         **ways[layout.recompute],
     )
     config.attention, config.compiled = layout.attention, layout.compiled  # for the parts that are our own

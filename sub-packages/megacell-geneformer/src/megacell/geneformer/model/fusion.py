@@ -56,7 +56,7 @@ def _compiled(operation: Callable) -> Callable:
     On a CPU torch's own generator draws the dropout, as it does without compiling: the kernel's own is slower there.
     Should more graphs be needed than torch allows, it goes on without compiling, and says so: no run ends of it.
     """
-    options = {"fallback_random": not torch.cuda.is_available(), "compile_threads": 1}
+    options: dict[str, Any] = {"fallback_random": not torch.cuda.is_available(), "compile_threads": 1}
     return torch.compile(operation, dynamic=True, options=options)
 
 

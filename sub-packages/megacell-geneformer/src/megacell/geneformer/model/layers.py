@@ -35,7 +35,7 @@ class SummingNorm(Norm):
         super().__init__(config, hidden_size, eps)
         self.sum_and_norm = fused(bias_dropout_sum_norm, config.compiled)
 
-    def forward(self, values, bias, residual, rate: float):
+    def forward(self, values, bias, residual, rate: float):  # type: ignore[override]
         """Return residual + dropout(values + bias) and its norm, both [T, 1, h]."""
         return self.sum_and_norm(values, bias, residual, rate, self.weight, self.bias, self.eps)
 
