@@ -75,6 +75,7 @@ def make_engine(network: dict | None = None, options: dict | None = None, kind: 
 
     ``network`` and ``options`` hold what is changed of NETWORK and OPTIONS, ``layout`` the values of a ``Layout``.
     """
+    import torch
     from megatron.core import parallel_state
     from omegaconf import OmegaConf
 
@@ -83,6 +84,8 @@ def make_engine(network: dict | None = None, options: dict | None = None, kind: 
     from megacell.geneformer.model.init import initialise
     from megacell.geneformer.training.engine import Engine
 
+    if layout.get("compiled"):
+        torch._dynamo.reset()  # torch allows a function so many graphs, and the tests have many networks
     sizes = ModelConfig(**{**NETWORK, **(network or {})})
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     bert = (kind or PackedBert)(sizes, Layout(tensor=tensor, **layout))

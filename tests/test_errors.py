@@ -248,6 +248,11 @@ PRETRAIN = {
         ("{both}", "parallel.context=2", "devices=2"), ("parallel.context=2", "not offered", "parallel.sequence"),
     ),
     "an unknown way to recompute": (("{both}", "parallel.recompute=some"), ("recompute=some", "selective, full")),
+    "an unknown attention": (("{both}", "attention=flash"), ("attention=flash", "varlen", "transformer_engine")),
+    "an attention that cannot run in float32": (
+        ("{both}", "attention=transformer_engine"), ("attention=transformer_engine", "attention=auto"),
+    ),
+    "compiling that is neither on nor off": (("{both}", "compile=some"), ("compile=some", "true or false")),
     "a switch that is neither on nor off": (("{both}", "parallel.sequence=2"), ("sequence=2", "true or false")),
     "an unknown place of the norms": (("{both}", "model.norm=middle"), ("model.norm=middle", "pre, post")),
     "an unknown activation": (("{both}", "model.activation=silu"), ("model.activation=silu", "gelu, relu")),
@@ -281,6 +286,14 @@ def inputs(store, vocabulary):
 @pytest.mark.parametrize(("words", "says"), PRETRAIN.values(), ids=PRETRAIN.keys())
 def test_pretrain_refuses(words, says, inputs, refuses, tmp_path):
     refuses(USAGE, says, "pretrain", *inputs(words), f"out={tmp_path / 'run'}")
+
+
+def test_pretrain_refuses_to_compile_without_a_compiler(inputs, refuses, tmp_path, monkeypatch):
+    for name in ("CC", "CXX"):  # a GPU's kernels need the one, a CPU's the other
+        monkeypatch.setenv(name, str(tmp_path / "absent"))
+    words = (*inputs(["{both}"]), "compile=true", f"out={tmp_path / 'run'}")
+    refuses(USAGE, ("compile=true", "install it, or leave compile=true out"), "pretrain", *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_pretrain_refuses_a_run_folder_that_holds_something(inputs, refuses, tmp_path):

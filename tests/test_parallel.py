@@ -49,16 +49,32 @@ def test_losses_and_every_reduced_gradient_equal_those_of_one_process(two_ranks,
         same(theirs, reference)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("tensor", "layout"),
+    [(2, {"sequence": True, "recompute": "full"}), (1, {})],
+    ids=["tensor and sequence parallel 2, recomputing", "data parallel 2"],
+)
+def test_compiled_losses_and_every_reduced_gradient_equal_those_without(two_ranks, network, tensor, layout):
+    compiled, plain = (
+        two_ranks.run(jobs.losses_and_gradients, tensor, steps=5, network=network, compiled=how, **layout)
+        for how in (True, False)
+    )
+    for theirs, ours in zip(compiled, plain, strict=True):
+        same(theirs, ours)
+
+
 def test_packing_and_the_masked_only_head_change_nothing(one_rank, reference, network):
     (plain,) = one_rank.run(jobs.losses_and_gradients, 1, network=network, plain=True)
     same(plain, reference)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["", "compiled"])
 @pytest.mark.parametrize("sequence", [False, True], ids=["tensor parallel 2", "tensor and sequence parallel 2"])
-def test_recomputing_gives_the_same_losses_and_gradients_bit_for_bit(two_ranks, network, sequence):
+def test_recomputing_gives_the_same_losses_and_gradients_bit_for_bit(two_ranks, network, sequence, compiled):
     dropped = {**network, "hidden_dropout": 0.1, "attention_dropout": 0.1}
     run = lambda how: two_ranks.run(  # noqa: E731
-        jobs.losses_and_gradients, 2, steps=3, network=dropped, recompute=how, sequence=sequence
+        jobs.losses_and_gradients, 2, steps=3, network=dropped, recompute=how, sequence=sequence, compiled=compiled
     )
     kept = run("none")
     for how in ("selective", "full"):
@@ -74,12 +90,19 @@ def test_sequence_parallel_ranks_share_out_the_tokens(two_ranks, sequence):
 
 @pytest.mark.parametrize(
     ("tensor", "layout"),
-    [(2, {}), (2, {"sequence": True, "recompute": "full"}), (1, {}), (1, {"precision": "fp16"})],
+    [
+        (2, {}),
+        (2, {"sequence": True, "recompute": "full"}),
+        (1, {}),
+        (1, {"precision": "fp16"}),
+        pytest.param(2, {"sequence": True, "compiled": True}, marks=pytest.mark.exhaustive),
+    ],
     ids=[
         "tensor parallel 2",
         "tensor and sequence parallel 2, recomputing",
         "data parallel 2",
         "data parallel 2, fp16",
+        "tensor and sequence parallel 2, compiled",
     ],
 )
 def test_a_run_with_dropout_goes_on_from_a_checkpoint_bit_for_bit(two_ranks, tmp_path, tensor, layout):

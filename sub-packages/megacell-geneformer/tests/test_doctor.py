@@ -56,12 +56,14 @@ def test_a_gpu_is_named_with_its_memory_and_an_old_one_has_no_bf16():
 def test_what_a_run_takes_is_what_the_model_would_choose(gpus, device, advice):
     import torch
 
-    from megacell.geneformer.model.attention import choose_backend
+    from megacell.geneformer.model.backends import choose_backend
+    from megacell.geneformer.model.fusion import missing_to_compile
 
     found = {finding.name: finding.value for finding in doctor.choices(Torch("2.13.0", gpus=gpus))}
     where = torch.device(device.split(":")[0])
     assert found["device"] == device
     assert found["precision advised"].startswith(advice)
+    assert found["compile=true"] == (f"needs {missing}" if (missing := missing_to_compile()) else "can be had")
     assert found["attention, bf16"].startswith(choose_backend(where, torch.bfloat16, 0.0))
     assert found["attention, fp32"].endswith(choose_backend(where, torch.float32, 0.1))
 

@@ -2,7 +2,9 @@
 """Packed attention against a padded reference with an explicit mask; the masked-only head against the whole one."""
 
 import math
+import sys
 from itertools import pairwise
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,12 +12,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megacell.geneformer.model import attention
+from megacell.geneformer.model import attention, backends
 from megacell.geneformer.model.bert import Pack, PackedBert
-from megacell.geneformer.model.config import Layout, ModelConfig
+from megacell.geneformer.model.config import ATTENTIONS, Layout, ModelConfig
 from megacell.geneformer.model.init import PADDING_BIAS
 from megacell.geneformer.model.loss import cut_cross_entropy
 from megacell.geneformer.training import device
+from megacell.store.errors import UsageError
 
 LENGTHS = (1, 7, 40, 2, 19)
 HEADS, SIZE = 4, 8
@@ -63,7 +66,7 @@ def distance(one, other) -> float:
     return float((one.double() - other.double()).norm() / other.double().norm())
 
 
-@pytest.mark.parametrize("backend", ["sequences", "nested"])
+@pytest.mark.parametrize("backend", ["sequences", "nested", "padded"])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["float32", "float64"])
 def test_attention_and_its_gradients_equal_a_padded_masked_reference(backend, dtype, most, tensors):
     run = lambda q, k, v: attention.BACKENDS[backend](q, k, v, packed(), 0.0)  # noqa: E731
@@ -74,16 +77,17 @@ def test_attention_and_its_gradients_equal_a_padded_masked_reference(backend, dt
         assert distance(one, other) <= most
 
 
-def test_both_backends_agree(tensors):
-    one, other = (
+def test_all_backends_agree(tensors):
+    one, *others = (
         output_and_gradients(lambda q, k, v, b=b: attention.BACKENDS[b](q, k, v, packed(), 0.0), tensors, torch.float32)
-        for b in ("sequences", "nested")
+        for b in ("sequences", "nested", "padded")
     )
-    for ours, theirs in zip(one, other, strict=True):
-        assert distance(ours, theirs) <= 1e-6
+    for other in others:
+        for ours, theirs in zip(one, other, strict=True):
+            assert distance(ours, theirs) <= 1e-6
 
 
-@pytest.mark.parametrize("backend", ["sequences", "nested"])
+@pytest.mark.parametrize("backend", ["sequences", "nested", "padded"])
 def test_attention_dropout_drops_and_keeps_the_mean(backend, tensors):
     query, key, value, _ = (x.detach().float() for x in tensors)
     torch.manual_seed(3)
@@ -107,6 +111,95 @@ def test_attention_dropout_drops_and_keeps_the_mean(backend, tensors):
 )
 def test_the_backend_is_one_that_is_exact_there(where, dtype, dropout, backend):
     assert attention.choose_backend(torch.device(where), dtype, dropout) == backend
+
+
+def test_the_attentions_that_can_be_asked_for_are_those_that_there_are():
+    assert ("auto", *attention.BACKENDS) == ATTENTIONS
+    for asked in attention.BACKENDS:
+        assert attention.choose_backend(torch.device("cpu"), torch.float32, 0.1, asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "precision", "dropout", "reason"),
+    [
+        ("auto", False, "fp32", 0.1, None),
+        ("sequences", False, "bf16", 0.1, None),
+        ("nested", False, "fp32", 0.1, None),
+        ("padded", True, "fp32", 0.1, None),
+        ("varlen", True, "bf16", 0.0, None),
+        ("varlen", False, "bf16", 0.0, "a GPU"),
+        ("varlen", True, "fp32", 0.0, "precision=bf16"),
+        ("varlen", True, "fp16", 0.1, "model.attention_dropout=0"),
+        ("transformer_engine", True, "fp16", 0.1, None),
+        ("transformer_engine", False, "fp16", 0.1, "a GPU"),
+        ("transformer_engine", True, "fp32", 0.1, "precision=bf16"),
+        ("transformer_engine", True, "bf16", 0.1, "not installed"),
+    ],
+)
+def test_an_attention_that_cannot_run_is_refused(asked, gpu, precision, dropout, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None if reason == "not installed" else name)
+    if reason is None:
+        backends.check_backend(asked, precision, dropout)
+        return
+    with pytest.raises(UsageError, match=f"attention={asked}: .*{reason}.*attention=auto"):
+        backends.check_backend(asked, precision, dropout)
+
+
+class StandIn:
+    """Takes what Transformer Engine's ``DotProductAttention`` takes, checks it as that does, and computes padded."""
+
+    def __init__(
+        self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, qkv_format="sbhd",
+        attn_mask_type="causal", attention_type="self",
+    ):  # fmt: skip
+        assert (qkv_format, attn_mask_type, attention_type) == ("thd", "padding", "self")
+        self.heads, self.size, self.dropout = num_attention_heads, kv_channels, attention_dropout
+
+    def __call__(
+        self, query, key, value, attention_mask=None, *, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv
+    ):
+        assert attention_mask is None
+        assert query.shape == key.shape == value.shape == (len(query), self.heads, self.size)
+        assert cu_seqlens_q.dtype == torch.int32
+        assert cu_seqlens_q.equal(cu_seqlens_kv)
+        assert cu_seqlens_q[-1] == len(query)
+        assert max_seqlen_q == max_seqlen_kv == int(cu_seqlens_q.diff().max())
+        bounds = PackedSeqParams("thd", cu_seqlens_q, max_seqlen_q=max_seqlen_q)
+        return attention.BACKENDS["padded"](query, key, value, bounds, self.dropout).flatten(1)
+
+
+def test_transformer_engine_is_called_as_it_is_documented(tensors, monkeypatch):
+    engine = ModuleType("transformer_engine.pytorch")
+    engine.DotProductAttention = StandIn
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    backends._transformer_engine_of.cache_clear()
+    run = lambda q, k, v, rate=0.0: attention.BACKENDS["transformer_engine"](q, k, v, packed(), rate)  # noqa: E731
+    ours = output_and_gradients(run, tensors, torch.float64)
+    reference = output_and_gradients(lambda q, k, v: padded_attention(q, k, v, LENGTHS), tensors, torch.float64)
+    for one, other in zip(ours, reference, strict=True):
+        assert distance(one, other) <= 1e-14
+    assert distance(run(*tensors[:3], 0.5), ours[0]) > 0.01  # the rate arrives
+    backends._transformer_engine_of.cache_clear()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_transformer_engine_equals_the_padded_reference_on_a_gpu(tensors, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("transformer_engine.pytorch", exc_type=ImportError)
+    bounds = packed()
+    bounds.cu_seqlens_q = bounds.cu_seqlens_q.cuda()
+    moved = [x.detach().cuda() for x in tensors]
+    run = lambda q, k, v: attention.BACKENDS["transformer_engine"](q, k, v, bounds, 0.0)  # noqa: E731
+    ours = output_and_gradients(run, moved, dtype)
+    rounded = [x.to(dtype).double() for x in moved]
+    reference = output_and_gradients(lambda q, k, v: attention.BACKENDS["padded"](q, k, v, bounds, 0.0), rounded,
+                                     torch.float64)  # fmt: skip
+    for one, other in zip(ours, reference, strict=True):
+        assert distance(one, other) <= 0.02
 
 
 # the network over a pack

@@ -4,7 +4,6 @@
 import importlib
 import os
 import shutil
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,8 +132,8 @@ def choices(torch_here: Torch) -> list[Finding]:
     """Return what a run would take on this machine, and why."""
     import torch
 
-    with warnings.catch_warnings(action="ignore"):  # Megatron's, on what is not installed
-        from megacell.geneformer.model.attention import choose_backend
+    from megacell.geneformer.model.backends import choose_backend
+    from megacell.geneformer.model.fusion import missing_to_compile
 
     gpus = torch_here.gpus
     where = torch.device("cuda" if gpus else "cpu")
@@ -145,6 +144,8 @@ def choices(torch_here: Torch) -> list[Finding]:
         found.append(
             Finding("what a run takes", f"attention, {precision}", f"{names[0]}; with attention dropout {names[1]}")
         )
+    missing = missing_to_compile()
+    found.append(Finding("what a run takes", "compile=true", f"needs {missing}" if missing else "can be had"))
     advice = "bf16: half the memory, and several times the speed" if bf16 else "fp32: bf16 gains nothing here"
     return [*found, Finding("what a run takes", "precision advised", advice)]
 

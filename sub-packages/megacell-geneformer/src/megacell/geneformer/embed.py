@@ -14,6 +14,7 @@ from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.model.attention import attention_maps
 from megacell.geneformer.model.bert import Pack
 from megacell.geneformer.model.layers import PostNormLayer
+from megacell.geneformer.order import ranges_within
 from megacell.geneformer.packing import Packer
 from megacell.geneformer.ranking import RankEncoder
 from megacell.geneformer.training import device
@@ -79,7 +80,7 @@ class Embedder:
         rows = sp.csr_matrix(rows)
         where = next(self.model.bert.parameters()).device
         most = np.minimum(np.diff(rows.indptr) + 2, self.model.sizes.max_length)
-        for first, last in _ranges(most, PACK_TOKENS[where.type]):
+        for first, last in ranges_within(most, PACK_TOKENS[where.type]):
             bounds = rows.indptr[first : last + 1]
             part = slice(bounds[0], bounds[-1])
             gathered = (bounds - bounds[0]).astype(np.int64), rows.indices[part], rows.data[part]
@@ -180,14 +181,3 @@ def layer_number(layer: str | int, layers: int) -> int:
         names = "last, second_to_last" if layers > 1 else "last"
         raise UsageError(f"--layer {layer}: choose {names} or a number from 1 to {layers}, the model's layers")
     return number
-
-
-def _ranges(lengths: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of cells, in order, of at most so many tokens (or one cell)."""
-    ends = np.cumsum(lengths)
-    first = 0
-    while first < len(lengths):
-        before = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + tokens, side="right")))
-        yield first, last
-        first = last

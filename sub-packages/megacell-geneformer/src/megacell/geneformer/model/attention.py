@@ -5,52 +5,14 @@ Shapes: T tokens of the pack, H heads of this tensor parallel rank, D size of a 
 """
 
 import math
-from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
-
-def choose_backend(device: torch.device, dtype: torch.dtype, dropout: float) -> str:
-    """Name the fastest attention that is exact here.
-
-    ``sequences``: SDPA a cell at a time (CPU). ``varlen``: torch's variable-length flash kernel (CUDA, 16 bit, no
-    dropout: it has none). ``nested``: SDPA over a jagged nested tensor (CUDA otherwise).
-    """
-    if device.type == "cpu":
-        return "sequences"
-    return "varlen" if dtype in (torch.bfloat16, torch.float16) and dropout == 0 else "nested"
-
-
-def _sequences(query, key, value, packed: PackedSeqParams, dropout: float):
-    bounds = packed.cu_seqlens_q.tolist()
-    q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [H, T, D]
-    cells = [
-        F.scaled_dot_product_attention(q[None, :, a:b], k[None, :, a:b], v[None, :, a:b], dropout_p=dropout)
-        for a, b in pairwise(bounds)
-    ]
-    return torch.cat(cells, dim=2)[0].transpose(0, 1)
-
-
-def _nested(query, key, value, packed: PackedSeqParams, dropout: float):
-    offsets, longest = packed.cu_seqlens_q.long(), packed.max_seqlen_q
-    jagged = partial(torch.nested.nested_tensor_from_jagged, offsets=offsets, min_seqlen=1, max_seqlen=longest)
-    q, k, v = (jagged(x.contiguous()).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()
-
-
-def _varlen(query, key, value, packed: PackedSeqParams, dropout: float):
-    from torch.nn.attention.varlen import varlen_attn
-
-    bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    return varlen_attn(query, key, value, bounds, bounds, longest, longest)
-
-
-BACKENDS = {"sequences": _sequences, "nested": _nested, "varlen": _varlen}
+from megacell.geneformer.model.backends import BACKENDS, choose_backend
 
 
 class PackedAttention(MegatronModule):
@@ -75,7 +37,7 @@ class PackedAttention(MegatronModule):
         Tensor [T, H * D]
         """
         dropout = self.dropout if self.training else 0.0
-        attend = BACKENDS[choose_backend(query.device, query.dtype, dropout)]
+        attend = BACKENDS[choose_backend(query.device, query.dtype, dropout, self.config.attention)]
         if dropout and not self.config.sequence_parallel:  # under it the whole encoder is inside of such a fork
             with get_cuda_rng_tracker().fork():  # each tensor parallel rank drops in its own heads
                 out = attend(query, key, value, packed_seq_params, dropout)

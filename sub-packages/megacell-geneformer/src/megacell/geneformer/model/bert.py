@@ -124,10 +124,15 @@ class PackedBert(LanguageModule):
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy [M], float32, in nats, at the masked positions."""
-        return cut_cross_entropy(self.logits(self.encode(pack)[pack.masked]), pack.labels, self.tp_group)
+        return cut_cross_entropy(
+            self.logits(self.encode(pack)[pack.masked]), pack.labels, self.tp_group, self.config.compiled
+        )
 
     def predict(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `forward` does and the likeliest token [M], int64; for a single tensor parallel rank."""
         logits = self.logits(self.encode(pack)[pack.masked])
         likeliest = logits.argmax(1)
-        return cut_cross_entropy(logits, pack.labels, self.tp_group), likeliest
+        return self._losses(logits, pack), likeliest
+
+    def _losses(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
+        return cut_cross_entropy(logits, pack.labels, self.tp_group, self.config.compiled)

@@ -11,6 +11,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 NORMS = ("pre", "post")
 ACTIVATIONS = ("gelu", "relu", "gelu_tanh")
 RECOMPUTE = ("none", "selective", "full")
+ATTENTIONS = ("auto", "sequences", "nested", "varlen", "padded", "transformer_engine")
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,10 @@ class Layout:
         What is computed again in the backward pass, to save memory: nothing, attention, or whole layers.
     precision : {"fp32", "bf16", "fp16"}
         Of parameters and activations; the optimizer's own copy is float32 in any case.
+    attention : {"auto", "sequences", "nested", "varlen", "padded", "transformer_engine"}
+        Which kernel attends within cells; "auto": the fastest that is exact, by device, precision and dropout.
+    compiled : bool
+        Make element-wise operations one kernel each, by ``torch.compile``.
 
     Raises
     ------
@@ -132,12 +137,18 @@ class Layout:
     sequence: bool = False
     recompute: str = "none"
     precision: str = "fp32"
+    attention: str = "auto"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision={self.precision}: choose one of {', '.join(PRECISIONS)}")
         if self.recompute not in RECOMPUTE:
             raise UsageError(f"parallel.recompute={self.recompute}: choose one of {', '.join(RECOMPUTE)}")
+        if self.attention not in ATTENTIONS:
+            raise UsageError(f"attention={self.attention}: choose one of {', '.join(ATTENTIONS)}")
+        if not isinstance(self.compiled, bool):
+            raise UsageError(f"compile={self.compiled}: must be true or false")
         if self.sequence and self.tensor < 2:
             raise UsageError("sequence parallelism shares tokens among tensor parallel ranks, of which there is one")
 
@@ -159,7 +170,7 @@ def megatron_config(model: ModelConfig, layout: Layout):
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
         ffn_hidden_size=model.ffn,
@@ -182,6 +193,7 @@ def megatron_config(model: ModelConfig, layout: Layout):
         output_layer_init_method=torch.nn.init.zeros_,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
         **ways[layout.recompute],
     )
+    config.attention, config.compiled = layout.attention, layout.compiled  # for the parts that are our own
+    return config

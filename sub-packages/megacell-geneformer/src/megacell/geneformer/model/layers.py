@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Megatron-core's encoder is made of here: its own cut layers, our packed attention and norms, pre-LN or post-LN.
+"""What Megatron-core's encoder is made of here: its cut matrices, our layer, packed attention and norms.
 
 Shapes: T tokens that this rank works on, h hidden size.
 """
@@ -10,11 +10,13 @@ import torch
 from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig, TransformerLayer
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megacell.geneformer.model.attention import PackedAttention
 from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.fusion import bias_activation, bias_dropout_sum, bias_dropout_sum_norm, fused
 
 
 class Norm(torch.nn.LayerNorm):
@@ -47,7 +49,52 @@ class RowLinear(_BiasAtOnce, RowParallelLinear):
     """Cut along what it takes."""
 
 
-class PostNormLayer(TransformerLayer):
+class SummingNorm(Norm):
+    """A norm of what it sums up itself: a module, since Megatron gathers weights before the call of what holds them."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__(config, hidden_size, eps)
+        self.sum_and_norm = fused(bias_dropout_sum_norm, config.compiled)
+
+    def forward(self, values, bias, residual, rate: float):  # type: ignore[override]
+        """Return residual + dropout(values + bias) and its norm, both [T, 1, h]."""
+        return self.sum_and_norm(values, bias, residual, rate, self.weight, self.bias, self.eps)
+
+
+class FeedForward(MLP):
+    """Megatron's feed-forward layer, its bias and activation in one operation."""
+
+    def __init__(self, config: TransformerConfig):
+        parts = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+        super().__init__(config, parts, ffn_hidden_size=config.ffn_hidden_size)
+        self.activate = fused(bias_activation, config.compiled)
+
+    def forward(self, hidden):
+        """Return what is to be summed up, [T, 1, h], and its bias [h], if it is still to be added."""
+        return self.linear_fc2(self.activate(*self.linear_fc1(hidden), self.config.activation_func))
+
+
+class Layer(TransformerLayer):
+    """A pre-LN layer; attention and feed-forward layer are each summed up with what went around them."""
+
+    def __init__(self, config: TransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.sum_up = fused(bias_dropout_sum, config.compiled)
+
+    def forward(self, hidden_states, attention_mask=None, packed_seq_params=None, **kwargs):
+        """Return ([T, 1, h], None), as Megatron's layer does."""
+        normed = self.input_layernorm(hidden_states)
+        attended = self.self_attention(normed, attention_mask=attention_mask, packed_seq_params=packed_seq_params)
+        summed, normed = self.pre_mlp_layernorm(*attended, hidden_states, self.rate)
+        return self.sum_up(*self.mlp(normed), summed, self.rate), None
+
+    @property
+    def rate(self) -> float:
+        """Share of the values that are dropped now."""
+        return self.hidden_dropout if self.training else 0.0
+
+
+class PostNormLayer(Layer):
     """BERT's post-LN layer under the names of the pre-LN one, with every norm moved on by one place.
 
     ``input_layernorm`` is the norm that ends the layer before, and in the first layer that of the embeddings, after
@@ -57,14 +104,12 @@ class PostNormLayer(TransformerLayer):
 
     def forward(self, hidden_states, attention_mask=None, packed_seq_params=None, **kwargs):
         """Return ([T, 1, h], None), as Megatron's layer does."""
-        config, training = self.config, self.training
         normed = self.input_layernorm(hidden_states)
         if self.layer_number == 1:
-            normed = torch.nn.functional.dropout(normed, self.hidden_dropout, training)
+            normed = torch.nn.functional.dropout(normed, self.rate)
         attended = self.self_attention(normed, attention_mask=attention_mask, packed_seq_params=packed_seq_params)
-        summed = self.self_attn_bda(training, config.bias_dropout_fusion)(attended, normed, self.hidden_dropout)
-        normed = self.pre_mlp_layernorm(summed)
-        return self.mlp_bda(training, config.bias_dropout_fusion)(self.mlp(normed), normed, self.hidden_dropout), None
+        _, normed = self.pre_mlp_layernorm(*attended, normed, self.rate)
+        return self.sum_up(*self.mlp(normed), normed, self.rate), None
 
 
 class LMHead(MegatronModule):
@@ -87,11 +132,8 @@ def encoder_parts(model: ModelConfig) -> TransformerBlockSubmodules:
     """Return the layers and the final norm that Megatron-core's ``TransformerBlock`` is to build."""
     spec = copy.deepcopy(bert_layer_local_spec)
     parts = spec.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
-    attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
-    attention.core_attention = PackedAttention
-    attention.linear_qkv = mlp.linear_fc1 = ColumnLinear
-    attention.linear_proj = mlp.linear_fc2 = RowLinear
-    if model.norm == "post":
-        spec.module = PostNormLayer
+    spec.module = Layer if model.norm == "pre" else PostNormLayer
+    parts.input_layernorm, parts.pre_mlp_layernorm, parts.mlp = Norm, SummingNorm, FeedForward
+    attention = parts.self_attention.submodules
+    attention.linear_qkv, attention.core_attention, attention.linear_proj = ColumnLinear, PackedAttention, RowLinear
     return TransformerBlockSubmodules(layer_specs=[spec] * model.layers, layer_norm=Norm)

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from megacell.geneformer.model.backends import check_backend
+from megacell.geneformer.model.fusion import check_compiler
 from megacell.geneformer.training import device, launch, loggers, settings, slurm
 from megacell.store.errors import UsageError
 
@@ -18,10 +20,12 @@ def main(overrides: list[str]) -> int:
     launcher, nodes = cfg.launcher, cfg.launcher.get("nodes", 1)
     if launch.started_by_launcher():
         settings.check_ranks(cfg, launch.world_size(cfg.devices))
+        check_machine(cfg)
         return train(cfg)
     settings.check_ranks(cfg, nodes * cfg.devices)
     if launcher.kind == "srun":
         return slurm.submit(cfg, overrides)
+    check_machine(cfg)
     if launcher.kind == "torchrun":
         return launch.launch(cfg.devices, overrides, launcher)
     if cfg.devices > 1:
@@ -37,6 +41,13 @@ def check_paths(cfg: DictConfig) -> None:
             raise UsageError(f"{name}={cfg[name]}: no such folder")
     if not cfg.resume and launch.is_first() and out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} exists: add resume=true to go on with it, or choose another out=")
+
+
+def check_machine(cfg: DictConfig) -> None:
+    """Refuse, before anything starts, what cannot run on this machine."""
+    check_backend(cfg.attention, cfg.precision, cfg.model.attention_dropout)
+    if cfg.compile:
+        check_compiler()
 
 
 def train(cfg: DictConfig) -> int:

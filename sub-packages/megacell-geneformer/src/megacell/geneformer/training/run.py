@@ -21,7 +21,7 @@ from megacell.geneformer.baselines import TokenFrequency, frequency_log_prior
 from megacell.geneformer.batches import BatchStream
 from megacell.geneformer.interchange.open import check_fit, load_into
 from megacell.geneformer.loader import Prefetched
-from megacell.geneformer.model.attention import choose_backend
+from megacell.geneformer.model.backends import choose_backend
 from megacell.geneformer.model.bert import PackedBert
 from megacell.geneformer.model.init import initialise
 from megacell.geneformer.packing import MicroBatch
@@ -178,7 +178,8 @@ class Run:
         self.screen.line(
             f"model: {size:,} parameters a rank, {layout.precision}; {copies} data x {layout.tensor} "
             f"tensor{' and sequence' if layout.sequence else ''} parallel on {parameter.device.type}; attention: "
-            f"{choose_backend(parameter.device, parameter.dtype, dropout)}, dropout {dropout}"
+            f"{choose_backend(parameter.device, parameter.dtype, dropout, layout.attention)}, dropout {dropout}"
+            + ("; compiled" if layout.compiled else "")
             + (f"; computed twice: {layout.recompute}" if layout.recompute != "none" else "")
         )
 

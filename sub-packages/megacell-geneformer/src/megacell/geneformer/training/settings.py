@@ -136,7 +136,7 @@ def layout(cfg: DictConfig) -> Layout:
     """Return how the settings have the network run."""
     parallel = cfg.parallel
     sequence = parallel.sequence and parallel.tensor > 1
-    return Layout(parallel.tensor, sequence, parallel.recompute, cfg.precision)
+    return Layout(parallel.tensor, sequence, parallel.recompute, cfg.precision, cfg.attention, cfg.compile)
 
 
 def _check_data(data: DictConfig) -> None:
