@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from megacell.geneformer.batches import BatchStream
 from megacell.geneformer.cell_sets import CellSet
 from megacell.geneformer.count_arithmetic import CountArithmetic
+from megacell.geneformer.embed import PACK_TOKENS
 from megacell.geneformer.lengths import token_lengths
 from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.packing import MicroBatch
@@ -33,7 +34,6 @@ PREDICTORS = ("model", "frequency", "rank_frequency", "count_arithmetic")
 TITLES = ("model", "gene frequency", "frequency at that rank", "count arithmetic")
 BATCH_CELLS = 64
 FITTED_CELLS = 20_000  # most training cells that the baselines are fitted on
-PACK_TOKENS = 16_384
 _RIGHT = "right: "
 
 
@@ -172,9 +172,10 @@ class _Streams:
     data: Any
 
     def of(self, cells: np.ndarray) -> BatchStream:
+        longest, where = self.model.sizes.max_length, next(self.model.bert.parameters()).device
         return BatchStream(
-            self.store, self.model.vocabulary, cells, self.lengths, max_length=self.model.sizes.max_length,
-            global_batch=BATCH_CELLS, token_budget=max(PACK_TOKENS, self.model.sizes.max_length), multiple_of=1,
+            self.store, self.model.vocabulary, cells, self.lengths, max_length=longest,
+            global_batch=BATCH_CELLS, token_budget=max(PACK_TOKENS[where.type], longest), multiple_of=1,
             seed=int(self.data.seed), masking=MaskSettings(**self.data.masking), validation=True,
         )  # fmt: skip
 
