@@ -186,7 +186,11 @@ BAD = {
     "a tensor too many": (new_weights(lambda s: s.update({"bert.more": torch.zeros(3)})), "unknown"),
     "whole numbers for weights": (
         new_weights(lambda s: s.update({"bert.lm_head.dense.bias": torch.zeros(32, dtype=torch.int64)})),
-        "torch.int64",
+        "holds int64",
+    ),
+    "weights of 8 bits": (
+        new_weights(lambda s: s.update({"bert.lm_head.dense.bias": torch.zeros(32).to(torch.float8_e4m3fn)})),
+        "holds float8_e4m3fn.*16 or 32 bits",
     ),
     "a sparse tensor": (
         new_weights(lambda s: s.update({"bert.lm_head.dense.bias": torch.zeros(32).to_sparse()})),

@@ -11,6 +11,8 @@ from megacell.store.errors import DataError
 WORDS, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
 BIAS, DECODER = "output_layer.bias", "output_layer.weight"
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights: 8 bits need scales beside them
+
 State = Mapping[str, torch.Tensor]
 Weights = Iterator[tuple[str, torch.Tensor]]  # checked, whole, by our names, each made when it is its turn
 Shapes = dict[str, tuple[int, ...]]
@@ -68,7 +70,8 @@ def check_tensors(state: State, shapes: Shapes, place: str, config: str, unused:
             raise DataError(
                 f"{place}: {name} is {tuple(tensor.shape)}, {config} and vocabulary say {shape}; they are no pair"
             )
-        if not tensor.is_floating_point() or tensor.layout is not torch.strided:
-            raise DataError(f"{place}: {name} holds {tensor.dtype}, where weights should be; fetch it again")
+        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise DataError(f"{place}: {name} holds {kind}, where weights should be; give them in 16 or 32 bits")
         if not all(map(torch.isfinite, tensor.aminmax())):  # takes no memory, unlike a mask
             raise DataError(f"{place}: {name} holds NaN or infinite values; fetch it again")
