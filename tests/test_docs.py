@@ -139,11 +139,31 @@ def test_figures_of_the_demo_are_those_of_the_readme():
     assert not [figure for figure in figures if figure not in readme]
 
 
+def result(name: str) -> dict:
+    return json.loads((shown.ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def goals_of(section: str) -> list[str]:
+    """Return a section's lines that tell if a goal was met."""
+    text = (DOCS / "benchmarks.md").read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    return [line for line in text.splitlines() if line.endswith(("| met |", "| missed |"))]
+
+
 def test_figures_of_the_store_are_those_that_were_measured():
-    parts = json.loads((shown.ROOT / "benchmarks/results/store.json").read_text()).values()
-    measured = ["| " + " | ".join(goal.values()) + " |" for part in parts for goal in part["goals"]]
-    lines = (DOCS / "benchmarks.md").read_text().splitlines()
-    assert [line for line in lines if line.endswith(("| met |", "| missed |"))] == measured
+    measured = ["| " + " | ".join(goal.values()) + " |" for part in result("store").values() for goal in part["goals"]]
+    assert goals_of("The store's figures") == measured
+
+
+def test_figures_of_training_are_those_that_were_measured():
+    figures, scaling = result("train"), result("scaling")
+    times = [each["fp32"] for name, each in figures["times"].items() if name.endswith("fp32")]
+    outside = figures["contenders"]["megacell, 24 cells, fp32"]["outside_the_engine"]
+    found = [*(f"{each:.1f}" for each in times), scaling["goals"][0]["found"], f"{outside:.2%}".replace("%", " %")]
+    shown_here = [[cell.strip() for cell in line.strip("|").split("|")] for line in goals_of("Training on a CPU")]
+    assert [row[1] for row in shown_here] == found
+    bounds = [float(re.search(r"[\d.]+", row[2])[0]) for row in shown_here]
+    met = [float(one) >= bound for one, bound in zip(found[:-1], bounds, strict=False)] + [100 * outside < bounds[-1]]
+    assert [row[3] for row in shown_here] == ["met" if each else "missed" for each in met]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=page_of)
