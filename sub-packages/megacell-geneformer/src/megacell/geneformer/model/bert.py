@@ -124,9 +124,7 @@ class PackedBert(LanguageModule):
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Return the cross-entropy [M], float32, in nats, at the masked positions."""
-        return cut_cross_entropy(
-            self.logits(self.encode(pack)[pack.masked]), pack.labels, self.tp_group, self.config.compiled
-        )
+        return self._losses(self.logits(self.encode(pack)[pack.masked]), pack)
 
     def predict(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `forward` does and the likeliest token [M], int64; for a single tensor parallel rank."""
