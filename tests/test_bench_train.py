@@ -2,6 +2,7 @@
 """bench train: its arithmetic, its padded batches, and once the whole command."""
 
 import json
+import signal
 import subprocess
 
 import numpy as np
@@ -15,6 +16,7 @@ from megacell.geneformer.bench_train_report import chart
 from megacell.geneformer.training import settings
 from megacell.geneformer.training.data import TrainingData
 from megacell.store.cli import main as megacell
+from megacell.store.errors import DataError
 
 HEAD = "step,loss,tokens_per_second,data_wait,engine,memory_gib,cells,tokens"
 
@@ -126,6 +128,51 @@ def test_sizes_and_precisions_are_swept(own, cells, store, vocabulary, monkeypat
     assert ours["padded_tokens_per_second"] == pytest.approx(50 / ours["real_of_computed"])
     assert found["contenders"]["hugging_face, 2 cells, fp16"]["real_of_computed"] == 0.5
     assert found["times"]["hugging_face, 4 cells, fp16"] == {"fp16": 1.0, "fp32": 1.0}
+
+
+@pytest.fixture
+def failing(store, vocabulary, monkeypatch, tmp_path):
+    """`bench train --json`, whose references of 4 cells are killed; ours goes well, if it is asked to."""
+
+    def run(*, ours: bool):
+        windows = [{"seconds": 2.0, "tokens": 100, "cells": 4, "steps": 1, "data_seconds": 0.1, "memory_gib": 1.0}]
+
+        def pretrain(overrides, out, protocol):
+            if not ours:
+                raise DataError("megacell pretrain: ended by itself with 1: no")
+            return bench_train._figures(windows)
+
+        def reference(command, **_):
+            if json.loads(command[-1])["batch"] == 4 or not ours:
+                return subprocess.CompletedProcess(command, -signal.SIGKILL, "", "")
+            return subprocess.CompletedProcess(command, 0, json.dumps({**windows[0], "padded_tokens": 200}), "")
+
+        monkeypatch.setattr(bench_train, "measure_pretrain", pretrain)
+        monkeypatch.setattr(subprocess, "run", reference)
+        given = [f"store={store}", f"vocabulary={vocabulary}", "model=tiny", "--references", "hugging_face"]
+        json_file, picture = str(tmp_path / "figures.json"), str(tmp_path / "figures.png")
+        return megacell(
+            ["bench", "train", *given, "--batches", "2,4,8", "--json", json_file, "--chart", picture]
+        ), tmp_path / "figures.json"
+
+    return run
+
+
+def test_a_contender_that_is_killed_is_named_and_the_others_are_measured(failing, capsys):
+    code, written = failing(ours=True)
+    figures = json.loads(written.read_text())
+    assert code == 1
+    why = "hugging_face: killed, most likely for want of memory; give fewer cells a step"
+    assert figures["failed"] == {"hugging_face, 4 cells, fp32": why}
+    assert [each["cells"] for each in figures["contenders"].values() if each["name"] == "hugging_face"] == [2, 8]
+    assert f"hugging_face, 4 cells, fp32: not measured; {why}" in capsys.readouterr().out
+
+
+def test_where_every_contender_fails_nothing_is_written(failing, capsys):
+    code, written = failing(ours=False)
+    assert code == 1
+    assert "nothing could be measured" in capsys.readouterr().err
+    assert not written.exists()
 
 
 @pytest.mark.exhaustive

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,22 +72,29 @@ def bench_train(
     Returns
     -------
     dict
-        In JSON's types.
+        In JSON's types. ``failed`` holds the contenders that ended by themselves, and what they said.
 
     Raises
     ------
     DataError
-        A contender failed; names it and says what it said.
+        All contenders failed.
     """
     given = any(settings.key_of(override) == "batch.cells" for override in overrides)
     contenders: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="megacell-bench-") as folder:
         cfg = settings.compose([*overrides, f"out={folder}/run"])
         lengths, vocabulary = token_counts(cfg)
         flops = flops_a_token(cfg, lengths, vocabulary)
 
-        def keep(name: str, cells: int, precision: str, figures: dict[str, Any]) -> None:
+        def measure(name: str, cells: int, precision: str, run: Callable[[], dict[str, Any]]) -> None:
             key = f"{name}, {cells} cells, {precision}"
+            try:
+                figures = run()
+            except DataError as error:  # the others are worth their time yet
+                failed[key] = str(error)
+                log(f"{key}: not measured; {error}")
+                return
             described = {"name": name, "cells": cells, "precision": precision}
             contenders[key] = {**described, **figures, **_of_each_rank(figures, flops)}
             log(line(key, contenders[key]))
@@ -94,10 +102,14 @@ def bench_train(
         for precision in precisions or [cfg.precision]:
             for cells in [cfg.batch.cells] if given else batches:
                 own = [*overrides, f"precision={precision}", f"batch.cells={cells}"]
-                keep("megacell", cells, precision, _ours(own, Path(folder) / f"{precision}-{cells}", protocol))
+                out = Path(folder) / f"{precision}-{cells}"
+                measure("megacell", cells, precision, partial(_ours, own, out, protocol))
             for name in references:
                 for cells in batches:
-                    keep(name, cells, precision, _reference(name, cfg, cells, precision, protocol))
+                    run = partial(_reference, name, cfg, cells, precision, protocol)
+                    measure(name, cells, precision, run)
+    if not contenders:
+        raise DataError("nothing could be measured; see above")
     return {
         **where_and_when(),
         "accelerator": accelerator(),
@@ -112,6 +124,7 @@ def bench_train(
         "flops_convention": "3 x forward; attention over each cell; the head at masked positions only",
         "peak_flops": peak_flops(),
         "contenders": contenders,
+        "failed": failed,
         "times": {key: times(contenders, each) for key, each in contenders.items() if each["name"] != "megacell"},
     }
 
@@ -119,7 +132,7 @@ def bench_train(
 def times(contenders: dict[str, dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
     """Return how many times as many real tokens a second a process of ours trains on, by our precision.
 
-    Compared is ours with as many cells a step; where that was not measured, its fastest.
+    Compared is ours with as many cells a step; where that was not measured, its fastest; nothing, if there is none.
     """
     rates: dict[str, dict[int, float]] = {}
     for each in contenders.values():
@@ -195,7 +208,7 @@ def measure_pretrain(
                 process.kill()
         if windows is None:
             said.seek(0)
-            raise DataError(f"megacell pretrain ended by itself: {said.read().strip()[-2000:]}")
+            raise DataError(f"megacell pretrain: {_ended(process.returncode, said.read())}")
     return _figures(windows)
 
 
@@ -237,10 +250,15 @@ def _reference(name: str, cfg: DictConfig, cells: int, precision: str, protocol:
     command = [sys.executable, "-m", "megacell.geneformer.bench_train_references", json.dumps(given)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
-        raise DataError(
-            f"{name} with {cells} cells in {precision} failed: {answer.stderr.strip()[-2000:] or answer.returncode}"
-        )
+        raise DataError(f"{name}: {_ended(answer.returncode, answer.stderr)}")
     return {**_figures([json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]), "ranks": 1}
+
+
+def _ended(code: int, said: str) -> str:
+    """Say why a process ended that was to go on; torchrun tells of its ranks' signals in words."""
+    if code == -signal.SIGKILL or "Signal 9 (SIGKILL)" in said:
+        return "killed, most likely for want of memory; give fewer cells a step"
+    return f"ended by itself with {code}: {said.strip()[-2000:]}"
 
 
 def _figures(windows: list[dict[str, float]]) -> dict[str, Any]:

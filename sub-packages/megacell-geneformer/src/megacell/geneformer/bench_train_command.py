@@ -16,7 +16,8 @@ examples:
   megacell bench train store=STORE vocabulary=VOCAB model=geneformer_106m precision=bf16 batch.cells=2048 devices=8 \
     --references none
 
-Real tokens only are counted. Every contender trains on the same cells in a process of its own.
+Real tokens only are counted. Every contender trains on the same cells in a process of its own; one that fails is named,
+the others are measured, and the exit status is 1.
 """
 
 
@@ -70,4 +71,4 @@ def run_bench_train(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     if args.chart:
         chart(figures, args.chart)
-    return 0
+    return 1 if figures["failed"] else 0
