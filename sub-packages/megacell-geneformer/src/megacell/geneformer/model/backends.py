@@ -13,15 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megacell.geneformer.model.dropping_attention import attend_dropping
 from megacell.store.errors import UsageError
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, dropout: float, asked: str = "auto") -> str:
     """Name the attention that runs: the one that was asked for, or else the fastest that is exact here.
 
-    ``sequences``: SDPA a cell at a time (CPU). ``varlen``: torch's variable-length flash kernel (CUDA, 16 bit, no
-    dropout: it has none). ``nested``: SDPA over a jagged nested tensor (CUDA otherwise). Only when asked for:
-    ``padded``: SDPA over cells padded to the longest, under a mask; ``transformer_engine`` (CUDA, 16 bit).
+    ``sequences``: SDPA a cell at a time, and with dropout on a CPU `attend_dropping`. ``varlen``: torch's
+    variable-length flash kernel (CUDA, 16 bit, no dropout: it has none). ``nested``: SDPA over a jagged nested tensor
+    (CUDA otherwise). Only when asked for: ``padded``: SDPA over cells padded to the longest, under a mask;
+    ``transformer_engine`` (CUDA, 16 bit).
     """
     if asked != "auto":
         return asked
@@ -49,6 +51,8 @@ def check_backend(asked: str, precision: str, dropout: float) -> None:
 
 def _sequences(query, key, value, packed: Any, dropout: float):
     bounds = packed.cu_seqlens_q.tolist()
+    if dropout and query.device.type == "cpu":
+        return attend_dropping(query, key, value, bounds, dropout)
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [H, T, D]
     cells = [
         F.scaled_dot_product_attention(q[None, :, a:b], k[None, :, a:b], v[None, :, a:b], dropout_p=dropout)
