@@ -63,10 +63,10 @@ class Room(NamedTuple):
 @compiled
 def count_near(keys: Array, low: Any, most: int) -> int:
     """Return how many of the first ``most`` keys are like the next in all but the place."""
-    near = 0
+    near = np.uint32(0)  # 32 bits, as the keys: twice as many to a vector
     for i in range(min(len(keys) - 1, most)):
-        near += (keys[i] ^ keys[i + 1]) <= low
-    return near
+        near = np.uint32(near + np.uint32((keys[i] ^ keys[i + 1]) <= low))
+    return int(near)
 
 
 @compiled
