@@ -66,9 +66,11 @@ def expected():
 
 @pytest.mark.parametrize("block", [1, 300, 5000, 1 << 20], ids="blocks of {} weights".format)
 @pytest.mark.parametrize("threads", [1, 2, 3], ids="{} threads".format)
-def test_output_and_gradients_are_those_of_the_definition(expected, block, threads, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 64], ids="rows of at least {}".format)
+def test_output_and_gradients_are_those_of_the_definition(expected, block, threads, rows, monkeypatch):
     monkeypatch.setattr(dropping_attention, "BLOCK", block)
     monkeypatch.setattr(dropping_attention, "SHARE", 1)
+    monkeypatch.setattr(dropping_attention, "ROWS", rows)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     ours = run(lambda *qkv: attend_dropping(*qkv, BOUNDS, 0.3), tensors())
     for one, other in zip(ours, expected, strict=True):

@@ -28,7 +28,8 @@ from torch.autograd.function import once_differentiable
 from megacell.geneformer.compiling import compiled
 from megacell.geneformer.masking import philox
 
-BLOCK = 1 << 20  # weights computed at once: all rows of a block stay in the processor's cache
+BLOCK = 1 << 20  # weights computed at once: they stay in the processor's cache
+ROWS = 64  # of a head in a block, at least: matrix products of fewer are slow, so long cells take fewer heads at once
 SHARE = 1 << 16  # weights that make a thread worth its start
 LANES = 64  # counters drawn at once: a loop that is vectorised
 DRAWN = 8 * LANES  # fates of them
@@ -59,16 +60,29 @@ def attend_dropping(query, key, value, bounds: list[int], rate: float):
 
 
 class _Dropout:
-    """What decides the fates of weights: key, uint32 [2], and under what a half word means that one is dropped."""
+    """Decides the fates of weights [heads, R, L] whose first head and first query these are."""
 
     def __init__(self, rate: float, seed: int) -> None:
-        self.key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
-        self.under = np.uint32(round(rate * 2**16))
-        self.kept = 1 - int(self.under) / 2**16
+        self._key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
+        self._under = np.uint32(round(rate * 2**16))
 
-    def of(self, dtype: Any) -> tuple[np.ndarray, np.uint32, Any]:
-        """Return what kernels take: the key, the limit, and by what weights that are kept are multiplied."""
-        return self.key, self.under, dtype.type(1 / self.kept)
+    def drop(self, weights, head: int, query: int) -> None:
+        """Drop, in place."""
+        array = weights.numpy()
+        _share_out(_drop, array, head, query, self._key, self._under, self._scale(array))
+
+    def drop_both(self, weights, slopes, inner, head: int, query: int) -> None:
+        """Drop, and make of the ``slopes``, the gradients of what was left, those of the scores, in place.
+
+        The gradient of a softmax's scores is weight x (its gradient - the row's ``inner`` [heads, R] product of both).
+        """
+        array = weights.numpy()
+        both = slopes.numpy(), inner.numpy()
+        _share_out(_drop_both, array, *both, head, query, self._key, self._under, self._scale(array))
+
+    def _scale(self, array: np.ndarray) -> Any:
+        """Return by what weights that are kept are multiplied."""
+        return array.dtype.type(1 / (1 - int(self._under) / 2**16))
 
 
 class _DroppingAttention(torch.autograd.Function):
@@ -77,12 +91,12 @@ class _DroppingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, bounds, dropout):
         out = torch.empty_like(query)
-        for cell, blocks in _cells(bounds, len(query)):
-            scaled = key[:, cell] / math.sqrt(key.shape[-1])
+        for heads, cell, blocks in _parts(bounds, len(query)):
+            scaled = key[heads, cell] / math.sqrt(key.shape[-1])
             for rows in blocks:
-                weights = torch.softmax(query[:, rows] @ scaled.mT, -1).numpy()
-                _share_out(_drop, weights.shape, weights, rows.start, *dropout.of(weights.dtype))
-                out[:, rows] = torch.from_numpy(weights) @ value[:, cell]
+                weights = torch.softmax(query[heads, rows] @ scaled.mT, -1)
+                dropout.drop(weights, heads.start, rows.start)
+                out[heads, rows] = weights @ value[heads, cell]
         ctx.save_for_backward(query, key, value, out)
         ctx.bounds, ctx.dropout = bounds, dropout
         return out
@@ -92,37 +106,39 @@ class _DroppingAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, out = ctx.saved_tensors
         grad = grad.contiguous()
-        inner = (grad * out).sum(-1).numpy()  # of each row of weights with its gradient
+        inner = (grad * out).sum(-1)  # of each row of weights with its gradient
         to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for cell, blocks in _cells(ctx.bounds, len(query)):
-            scaled = key[:, cell] / math.sqrt(key.shape[-1])
+        for heads, cell, blocks in _parts(ctx.bounds, len(query)):
+            scaled = key[heads, cell] / math.sqrt(key.shape[-1])
             for rows in blocks:
-                weights = torch.softmax(query[:, rows] @ scaled.mT, -1)
-                slopes = grad[:, rows] @ value[:, cell].mT
-                arrays = weights.numpy(), slopes.numpy()
-                _share_out(_drop_both, weights.shape, *arrays, inner, rows.start, *ctx.dropout.of(inner.dtype))
-                to_query[:, rows] = slopes @ scaled
-                to_key[:, cell].baddbmm_(slopes.mT, query[:, rows])
-                to_value[:, cell].baddbmm_(weights.mT, grad[:, rows])
+                weights = torch.softmax(query[heads, rows] @ scaled.mT, -1)
+                slopes = grad[heads, rows] @ value[heads, cell].mT
+                ctx.dropout.drop_both(weights, slopes, inner[heads, rows], heads.start, rows.start)
+                to_query[heads, rows] = slopes @ scaled
+                to_key[heads, cell].baddbmm_(slopes.mT, query[heads, rows])
+                to_value[heads, cell].baddbmm_(weights.mT, grad[heads, rows])
         return to_query, to_key / math.sqrt(key.shape[-1]), to_value, None, None
 
 
-def _cells(bounds: list[int], heads: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Yield each cell's tokens, and the blocks of rows in which it is attended."""
+def _parts(bounds: list[int], heads: int) -> Iterator[tuple[slice, slice, list[slice]]]:
+    """Yield some heads, the tokens of a cell, and the blocks of rows in which they are attended, until all were."""
     for begin, end in pairwise(bounds):
         length = end - begin
-        blocks = min(length, -(-heads * length * length // BLOCK))
-        cuts = [begin + length * i // blocks for i in range(blocks + 1)] if length else []
-        yield slice(begin, end), [slice(*rows) for rows in pairwise(cuts)]
+        at_once = max(1, min(heads, BLOCK // (ROWS * max(1, length))))
+        for head in range(0, heads, at_once):
+            own = slice(head, min(head + at_once, heads))
+            blocks = min(length, -(-at_once * length * length // BLOCK))
+            cuts = [begin + length * i // blocks for i in range(blocks + 1)] if length else []
+            yield own, slice(begin, end), [slice(*rows) for rows in pairwise(cuts)]
 
 
-def _share_out(kernel: Callable[..., None], shape: tuple[int, int, int], *given: Any) -> None:
+def _share_out(kernel: Callable[..., None], weights: np.ndarray, *given: Any) -> None:
     """Run a kernel over the rows of all heads, by as many threads as torch uses."""
-    rows = shape[0] * shape[1]
-    threads = max(1, min(torch.get_num_threads(), rows * shape[2] // SHARE))
+    rows = weights.shape[0] * weights.shape[1]
+    threads = max(1, min(torch.get_num_threads(), weights.size // SHARE))
     cuts = [rows * i // threads for i in range(threads + 1)]
-    others = [_pool(threads).submit(kernel, *given, *part) for part in pairwise(cuts[1:])]
-    kernel(*given, 0, cuts[1])
+    others = [_pool(threads).submit(kernel, weights, *given, *part) for part in pairwise(cuts[1:])]
+    kernel(weights, *given, 0, cuts[1])
     for other in others:
         other.result()
 
@@ -151,17 +167,16 @@ def _draw(length: int, query: int, head: int, key: np.ndarray, under: Any, kept:
 
 
 @compiled
-def _drop(weights: np.ndarray, first: int, key: np.ndarray, under: Any, scale: Any, begin: int, end: int) -> None:
-    """Drop of the weights [H, R, L], in place, in rows ``begin`` to ``end`` of all heads'.
-
-    The block begins at query ``first`` of the pack.
-    """
+def _drop(
+    weights: np.ndarray, head: int, query: int, key: np.ndarray, under: Any, scale: Any, begin: int, end: int
+) -> None:
+    """Drop in rows ``begin`` to ``end`` of all heads'."""
     _, rows, length = weights.shape
     kept = np.empty(length + DRAWN, np.bool_)
     for number in range(begin, end):
-        head, row = number // rows, number % rows
-        _draw(length, first + row, head, key, under, kept)
-        own = weights[head, row]
+        h, i = number // rows, number % rows
+        _draw(length, query + i, head + h, key, under, kept)
+        own = weights[h, i]
         for j in range(length):
             own[j] = own[j] * scale if kept[j] else 0 * scale
 
@@ -171,23 +186,21 @@ def _drop_both(
     weights: np.ndarray,
     slopes: np.ndarray,
     inner: np.ndarray,
-    first: int,
+    head: int,
+    query: int,
     key: np.ndarray,
     under: Any,
     scale: Any,
     begin: int,
     end: int,
 ) -> None:
-    """Drop as `_drop` does, and turn ``slopes``, the gradients of the weights that were left, into the scores'.
-
-    The gradient of a softmax's scores is weight x (its gradient - the row's ``inner`` [H, T] product of both).
-    """
+    """As `_Dropout.drop_both`, in rows ``begin`` to ``end`` of all heads'."""
     _, rows, length = weights.shape
     kept = np.empty(length + DRAWN, np.bool_)
     for number in range(begin, end):
-        head, row = number // rows, number % rows
-        _draw(length, first + row, head, key, under, kept)
-        own, slope, mean = weights[head, row], slopes[head, row], inner[head, first + row]
+        h, i = number // rows, number % rows
+        _draw(length, query + i, head + h, key, under, kept)
+        own, slope, mean = weights[h, i], slopes[h, i], inner[h, i]
         for j in range(length):
             times = scale if kept[j] else 0 * scale
             slope[j] = own[j] * (slope[j] * times - mean)
