@@ -12,13 +12,14 @@ from megacell.geneformer.bench_train_command import register_bench_train
 from megacell.geneformer.data_commands import add_command, register_data
 from megacell.geneformer.doctor import register_doctor
 from megacell.geneformer.report_command import register_report
+from megacell.geneformer.vocabulary_commands import register_vocabulary
 from megacell.store.completion_command import WORDS
-from megacell.store.errors import MegacellError, UsageError
+from megacell.store.errors import MegacellError
 
 
 def register(commands: Any) -> None:
     """Add the sub-commands to argparse's sub-parsers."""
-    _register_vocabulary(commands)
+    register_vocabulary(commands)
     _register_pretrain(commands)
     _register_export(commands)
     _register_import(commands)
@@ -30,107 +31,6 @@ def register(commands: Any) -> None:
     register_bench_embed(commands)
     register_doctor(commands)
     register_report(commands)
-
-
-_BIONEMO = (
-    "lay cells out as BioNeMo's Geneformer does: cls in front, 2,048 tokens (to train; its own have other tokens)"
-)
-
-
-def _register_vocabulary(commands: Any) -> None:
-    parser = commands.add_parser("vocabulary", help="make a vocabulary: genes, tokens, medians")
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    build = actions.add_parser("build", help="from the training cells of a store, or of several together")
-    build.add_argument("stores", type=Path, nargs="+", metavar="STORE")
-    build.add_argument("--out", type=Path, required=True, metavar="VOCAB", help="directory to make")
-    build.add_argument(
-        "--min-cells", type=int, default=10, help="leave out genes in fewer training cells (default: %(default)s)"
-    )
-    build.add_argument(
-        "--allow-subset", action="store_true", help="take medians from sources with a subset of genes too"
-    )
-    build.add_argument(
-        "--split-by", default="auto", help="auto, cell, source or a column of obs (default: %(default)s)"
-    )
-    build.add_argument("--holdout", type=float, default=0.1, help="share of cells to hold out (default: %(default)s)")
-    build.add_argument("--test", type=float, default=0.0, help="share of cells kept for a test (default: %(default)s)")
-    build.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    build.add_argument("--name", help="default: the stores'")
-    build.add_argument("--workers", type=int, default=None, help="threads (default: one a core)")
-    build.set_defaults(run=_build)
-
-    imported = actions.add_parser("import", help="from Geneformer's dictionaries (V1 or V2), or BioNeMo's")
-    imported.add_argument("--tokens", type=Path, required=True, help="token_dictionary*.pkl, or geneformer.vocab")
-    imported.add_argument("--medians", type=Path, required=True, help="gene_median_dictionary*.pkl, or medians.json")
-    imported.add_argument("--gene-ids", type=Path, help="ensembl_mapping_dict*.pkl: other ids of the genes")
-    imported.add_argument("--symbols", type=Path, help="gene_name_id_dict*.pkl: symbols of the genes")
-    imported.add_argument("--out", type=Path, required=True, metavar="VOCAB", help="directory to make")
-    imported.add_argument("--name", help="default: the edition's")
-    imported.add_argument("--bionemo", action="store_true", help=_BIONEMO)
-    imported.set_defaults(run=_import)
-
-    fetched = actions.add_parser("fetch", help="Geneformer's published dictionaries, from Hugging Face")
-    fetched.add_argument("edition", choices=["geneformer-v1", "geneformer-v2"])
-    fetched.add_argument("--out", type=Path, required=True, metavar="VOCAB", help="directory to make")
-    fetched.add_argument("--bionemo", action="store_true", help=_BIONEMO)
-    fetched.set_defaults(run=_fetch)
-
-
-def _build(args: argparse.Namespace) -> int:
-    import os
-
-    from megacell.geneformer.split import SplitSettings
-    from megacell.geneformer.vocabulary import refuse_existing
-    from megacell.geneformer.vocabulary_build import build_vocabulary
-    from megacell.store import CellStore
-
-    refuse_existing(args.out)
-    if args.workers is not None and args.workers < 1:
-        raise UsageError(f"--workers {args.workers}: give 1 or more")
-    settings = SplitSettings(by=args.split_by, holdout=args.holdout, seed=args.seed, test=args.test)
-    vocabulary, lines = build_vocabulary(
-        [CellStore.open(path) for path in args.stores], settings, min_cells=args.min_cells,
-        allow_subset=args.allow_subset, name=args.name, workers=args.workers or os.cpu_count() or 1,
-    )  # fmt: skip
-    return _save(vocabulary, args.out, lines)
-
-
-def _import(args: argparse.Namespace) -> int:
-    from megacell.geneformer.bionemo_dictionaries import import_bionemo, is_bionemo
-    from megacell.geneformer.geneformer_pickles import import_geneformer
-    from megacell.geneformer.vocabulary import refuse_existing
-
-    refuse_existing(args.out)
-    if is_bionemo(args.tokens):
-        vocabulary = import_bionemo(args.tokens, args.medians, args.name)
-    else:
-        vocabulary = import_geneformer(args.tokens, args.medians, args.gene_ids, args.symbols, args.name)
-        vocabulary = vocabulary.for_bionemo() if args.bionemo else vocabulary
-    return _save(vocabulary, args.out, [f"{len(vocabulary.aliases):,} other ids and names of its genes"])
-
-
-def _fetch(args: argparse.Namespace) -> int:
-    from megacell.geneformer.published import fetch_geneformer
-    from megacell.geneformer.vocabulary import refuse_existing
-
-    refuse_existing(args.out)
-    vocabulary = fetch_geneformer(args.edition)
-    if args.bionemo:
-        vocabulary = vocabulary.for_bionemo()
-    return _save(vocabulary, args.out, [f"{len(vocabulary.aliases):,} other ids and names of its genes"])
-
-
-def _save(vocabulary: Any, out: Path, lines: list[str]) -> int:
-    vocabulary.save(out)
-    specials = " ".join(sorted(vocabulary.specials, key=vocabulary.specials.__getitem__))
-    for line in lines:
-        print(line)
-    print(
-        f"{out}: vocabulary {vocabulary.name}, {len(vocabulary.gene_ids):,} genes, specials {specials}, "
-        f"cells of up to {vocabulary.max_length:,} tokens, sha256 {vocabulary.hash[:12]}…"
-    )
-    return 0
 
 
 _PRETRAIN = """\

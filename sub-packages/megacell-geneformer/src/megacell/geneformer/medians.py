@@ -78,10 +78,25 @@ class _Values:
         """Yield one worker's blocks: gene numbers and the bits of their values, valid until the next."""
         room = RowBuffer()
         for part, cells in self._blocks[worker::workers]:
-            indptr, genes, counts = part.store.gather(cells, empty=room)
-            bits = room(len(genes), np.dtype(np.uint64))
-            values_of_rows(indptr, counts, bits)
+            _, genes, bits = values_of(part.store, cells, room)
             yield genes if part.numbers is None else part.numbers[genes], bits
+
+
+def values_of(store: CellStore, cells: np.ndarray, room: RowBuffer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return cells' values, valid until ``room`` is used again.
+
+    Returns
+    -------
+    indptr : int64 [n + 1]
+    genes : uint16 | uint32 [z]
+        The store's numbers, ascending within a cell.
+    bits : uint64 [z]
+        Of count / cell total x 10,000 as float64.
+    """
+    indptr, genes, counts = store.gather(cells, empty=room)
+    bits = room(len(genes), np.dtype(np.uint64))
+    values_of_rows(indptr, counts, bits)
+    return indptr, genes, bits
 
 
 def gene_medians(

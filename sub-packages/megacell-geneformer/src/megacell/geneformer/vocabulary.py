@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -118,8 +118,14 @@ class Vocabulary:
             raise DataError(f"{path}: a file has changed since the vocabulary was written; make it again")
         return vocabulary
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, beside: Callable[[Path], None] | None = None) -> None:
         """Write the vocabulary as a new directory: all of it, or nothing.
+
+        Parameters
+        ----------
+        path : str or Path
+        beside : callable, optional
+            Writes further files into the directory that it is given.
 
         Raises
         ------
@@ -136,6 +142,8 @@ class Vocabulary:
             (work / "vocabulary.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             pq.write_table(self._genes(), work / "genes.parquet")
             pq.write_table(self._aliases(), work / "aliases.parquet")
+            if beside:
+                beside(work)
             for file in work.iterdir():
                 flush_file(file)
             move_into_place(work, path)

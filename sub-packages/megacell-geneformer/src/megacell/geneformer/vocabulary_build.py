@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vocabulary made from the training cells of stores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megacell.geneformer.gene_names import is_ensembl
+from megacell.geneformer.gene_union import Genes
 from megacell.geneformer.medians import CellsOf, medians_over
 from megacell.geneformer.split import SplitSettings, split_cells
 from megacell.geneformer.vocabulary import Vocabulary
@@ -16,6 +19,7 @@ from megacell.store.errors import DataError
 
 FIRST_GENE_TOKEN = 4
 MAX_LENGTH = 2048
+MIN_CELLS = 10  # genes in fewer training cells are left out
 RANKED_BIOTYPES = ("protein_coding", "miRNA")  # Geneformer's choice, where biotypes are known
 
 
@@ -23,7 +27,7 @@ def build_vocabulary(
     stores: CellStore | Sequence[CellStore],
     split: SplitSettings | None = None,
     *,
-    min_cells: int = 10,
+    min_cells: int = MIN_CELLS,
     allow_subset: bool = False,
     name: str | None = None,
     workers: int = 1,
@@ -61,28 +65,99 @@ def build_vocabulary(
         No cell or no gene is left.
     """
     stores = [stores] if isinstance(stores, CellStore) or not isinstance(stores, Sequence) else list(stores)
-    settings = split or SplitSettings()
-    chosen, levels, lines = [], [], []
-    for store in stores:
-        cells, level, own = _training_cells(store, settings, allow_subset)
-        chosen.append(cells)
-        levels.append(level)
-        lines += own if len(stores) == 1 else [f"{store.path}: {line}" for line in own]
-    n_cells = sum(map(len, chosen))
-    if not n_cells:
-        paths = ", ".join(str(store.path) for store in stores)
-        raise DataError(f"{paths}: no training cell is left to take medians from; convert more cells{_MEND}")
-    genes = _Genes.of(stores)
-    parts = [CellsOf(*each) for each in zip(stores, chosen, genes.numbers, strict=True)]
-    medians, seen = medians_over(parts, len(genes.ids), min_cells, workers=workers)
+    training = TrainingCells.of(stores, split or SplitSettings(), allow_subset)
+    return build_exactly(training, min_cells, name, workers)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingCells:
+    """The cells of some stores that medians are taken from.
+
+    Attributes
+    ----------
+    stores : list of CellStore
+    settings : SplitSettings
+    allow_subset : bool
+    cells : list of int64 array
+        Of each store, ascending.
+    levels : list of str
+        By what each store was split.
+    lines : list of str
+        What is to tell of it.
+    """
+
+    stores: list[CellStore]
+    settings: SplitSettings
+    allow_subset: bool
+    cells: list[np.ndarray]
+    levels: list[str]
+    lines: list[str]
+
+    @classmethod
+    def of(cls, stores: list[CellStore], settings: SplitSettings, allow_subset: bool) -> "TrainingCells":
+        """Choose them; DataError if there is none."""
+        chosen, levels, lines = [], [], []
+        for store in stores:
+            cells, level, own = _training_cells(store, settings, allow_subset)
+            chosen.append(cells)
+            levels.append(level)
+            lines += own if len(stores) == 1 else [f"{store.path}: {line}" for line in own]
+        if not sum(map(len, chosen)):
+            paths = ", ".join(str(store.path) for store in stores)
+            raise DataError(
+                f"{paths}: no training cell is left to take medians from; convert more cells, or give --allow-subset"
+            )
+        return cls(stores, settings, allow_subset, chosen, levels, lines)
+
+
+def build_exactly(
+    training: TrainingCells, min_cells: int = MIN_CELLS, name: str | None = None, workers: int = 1
+) -> tuple[Vocabulary, list[str]]:
+    """Make a vocabulary with exact medians, as `build_vocabulary` does, of cells that are chosen already."""
+    stores = training.stores
+    genes, numbers = Genes.union([Genes(store.gene_ids, store.symbols, store.biotypes) for store in stores])
+    parts = [CellsOf(*each) for each in zip(stores, training.cells, numbers, strict=True)]
+    medians, _ = medians_over(parts, len(genes.ids), min_cells, workers=workers)
+    made_of = [{"digest": s.digest, "generation": s.generation, "cells": len(s)} for s in stores]
+    made = provenance(
+        "built", made_of, training.settings.to_dict(), training.levels, sum(map(len, training.cells)), min_cells,
+        training.allow_subset,
+    )  # fmt: skip
+    vocabulary, lines = lay_out(name or "+".join(s.path.name for s in stores), genes, medians, made, stores[0].path)
+    return vocabulary, training.lines + lines
+
+
+def lay_out(
+    name: str, genes: Genes, medians: np.ndarray, made: dict[str, Any], place: str | Path
+) -> tuple[Vocabulary, list[str]]:
+    """Give tokens to the genes that have a median and are of a kind that is ranked.
+
+    Parameters
+    ----------
+    name : str
+    genes : Genes
+        By ascending id.
+    medians : float64 [G]
+        NaN for a gene in too few cells.
+    made : dict
+        From `provenance`.
+    place : str or Path
+        Where genes and cells are from, for the message.
+
+    Raises
+    ------
+    DataError
+        No gene is left.
+    """
     kept = np.flatnonzero(~np.isnan(medians) & np.isin(genes.biotypes, ["", *RANKED_BIOTYPES]))
+    cells, min_cells = made["training_cells"], made["min_cells"]
     if not len(kept):
-        raise DataError(f"{stores[0].path}: no gene is in {min_cells} of {n_cells:,} training cells; lower --min-cells")
-    lines.append(f"{len(kept):,} genes of {len(seen):,}: those in at least {min_cells} of {n_cells:,} training cells")
+        raise DataError(f"{place}: no gene is in {min_cells} of {cells:,} training cells; lower --min-cells")
+    lines = [f"{len(kept):,} genes of {len(medians):,}: those in at least {min_cells} of {cells:,} training cells"]
     if nameless := int((~is_ensembl(genes.ids[kept])).sum()):
         lines.append(f"{nameless:,} of them have a symbol for an id, no Ensembl id")
     vocabulary = Vocabulary(
-        name=name or "+".join(store.path.name for store in stores),
+        name=name,
         gene_ids=genes.ids[kept],
         symbols=genes.symbols[kept],
         tokens=np.arange(FIRST_GENE_TOKEN, FIRST_GENE_TOKEN + len(kept), dtype=np.int32),
@@ -91,12 +166,25 @@ def build_vocabulary(
         prefix=(2,),
         suffix=(3,),
         max_length=MAX_LENGTH,
-        provenance=_provenance(stores, settings, levels, n_cells, min_cells, allow_subset),
+        provenance=made,
     )
     return vocabulary, lines
 
 
-_MEND = ", or give --allow-subset"
+def provenance(
+    made: str, stores: list[dict[str, Any]], split: Mapping[str, Any], levels: Sequence[str], cells: int,
+    min_cells: int, allow_subset: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what a vocabulary was made from: digest, generation and cells of each store, and how."""
+    return {
+        "made": made,
+        **({"store": stores[0]} if len(stores) == 1 else {"stores": stores}),
+        "split": dict(split),
+        "split_by": levels[0] if len(set(levels)) == 1 else ", ".join(levels),
+        "training_cells": cells,
+        "min_cells": min_cells,
+        "allow_subset": allow_subset,
+    }
 
 
 def _training_cells(store: CellStore, settings: SplitSettings, allow_subset: bool) -> tuple[np.ndarray, str, list[str]]:
@@ -116,45 +204,3 @@ def _training_cells(store: CellStore, settings: SplitSettings, allow_subset: boo
             use = use if taken else use & ~cells
             lines.append(f"{'taken' if taken else 'left out'}: {cells.sum():,} cells of {what} ({files})")
     return np.flatnonzero(use), sides.by, lines
-
-
-class _Genes:
-    """The genes of several stores under one numbering, by ascending id; symbols and biotypes of the first that has one.
-
-    Attributes
-    ----------
-    ids, symbols, biotypes : object str [G]
-    numbers : list of int64 array
-        Of each store's genes.
-    """
-
-    def __init__(self, ids: np.ndarray, numbers: list[np.ndarray], stores: Sequence[CellStore]) -> None:
-        self.ids, self.numbers = ids, numbers
-        self.symbols, self.biotypes = np.full(len(ids), "", object), np.full(len(ids), "", object)
-        for store, own in reversed(list(zip(stores, numbers, strict=True))):
-            for names, theirs in ((self.symbols, store.symbols), (self.biotypes, store.biotypes)):
-                given = np.asarray(theirs, object)
-                names[own[given != ""]] = given[given != ""]
-
-    @classmethod
-    def of(cls, stores: Sequence[CellStore]) -> "_Genes":
-        """Number all genes of the stores."""
-        ids, numbers = np.unique(np.concatenate([store.gene_ids for store in stores]), return_inverse=True)
-        ends = np.cumsum([len(store.gene_ids) for store in stores])
-        return cls(ids, np.split(numbers, ends[:-1]), stores)
-
-
-def _provenance(
-    stores: Sequence[CellStore], settings: SplitSettings, levels: list[str], cells: int, min_cells: int, subset: bool
-) -> dict[str, Any]:
-    """Return what the vocabulary was made from."""
-    made_of = [{"digest": s.digest, "generation": s.generation, "cells": len(s)} for s in stores]
-    return {
-        "made": "built",
-        **({"store": made_of[0]} if len(stores) == 1 else {"stores": made_of}),
-        "split": settings.to_dict(),
-        "split_by": levels[0] if len(set(levels)) == 1 else ", ".join(levels),
-        "training_cells": cells,
-        "min_cells": min_cells,
-        "allow_subset": subset,
-    }
