@@ -49,7 +49,9 @@ class StoreInMemory:
         codes, seen = pd.factorize(np.asarray(names, object))
         self.source_of = codes.astype(np.uint32)
         kind = {True: "length-normalised", False: "umi"}
-        self.sources = [SimpleNamespace(name=n, subset=n in subsets, kind=kind[n in normalised]) for n in seen]
+        self.sources = [
+            SimpleNamespace(name=n, subset=n in subsets, kind=kind[n in normalised], hash=f"of {n}") for n in seen
+        ]
         self.obs = pd.DataFrame({"source": names})
         if donors is not None:
             self.obs["donor_id"] = pd.Categorical(donors)

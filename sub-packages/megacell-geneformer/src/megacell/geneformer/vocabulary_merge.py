@@ -154,10 +154,11 @@ def _refuse_unlike(one: Counted, its_path: str | Path, other: Counted, other_pat
             told = f"{other_path}: made with {flag} {own[option]}, but {its_path} with {was[option]}"
             raise DataError(f"{told}; build one of them again as the other")
     first, second = ({source for store in each.stores for source in store.sources} for each in (one, other))
-    if both := first & second:
+    if both := len(first & second):
+        files = "1 input file" if both == 1 else f"{both:,} input files"
         raise DataError(
-            f"{other_path}: counts cells of {len(both):,} files that {its_path} counts too; leave one of them out, or, "
-            "of a store that has grown, take `vocabulary build --after`"
+            f"{other_path}: counts cells of {files} that {its_path} counts too; leave one of them out, or, of a store "
+            "that has grown, take `vocabulary build --after`"
         )
 
 
