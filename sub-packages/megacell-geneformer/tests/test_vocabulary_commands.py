@@ -83,7 +83,7 @@ def test_a_vocabulary_is_built_mergeable_gone_on_from_and_merged(megacell, data,
     with pytest.raises(UsageError, match=r"--holdout 0\.3: .*v1 was made with 0\.1"):
         megacell(*build, tmp_path / "v3", "--after", tmp_path / "v1", "--holdout", 0.3)
     with pytest.raises(UsageError, match="--after: give one store, not 2"):
-        megacell(*build, tmp_path / "v3", store, "--after", tmp_path / "v1")
+        megacell(*build[:2], store, *build[2:], tmp_path / "v3", "--after", tmp_path / "v1")
 
     assert megacell("convert", tmp_path / "other.h5ad", "--out", tmp_path / "b") == 0
     words = ["--out", tmp_path / "v3", "--mergeable", "--split-by", "cell"]
