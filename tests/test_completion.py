@@ -51,7 +51,7 @@ def offered(scripts, *words: str) -> set[str]:
     ("words", "some"),
     [
         pytest.param(["pre"], {"pretrain"}, id="a command by its beginning"),
-        pytest.param(["vocabulary", ""], {"build", "import", "fetch"}, id="the actions of a command"),
+        pytest.param(["vocabulary", ""], {"build", "merge", "import", "fetch"}, id="the actions of a command"),
         pytest.param(["doctor", "--q"], {"--quick"}, id="an option"),
         pytest.param(["embed", "model.nemo", "x", "--pool", "m"], {"mean"}, id="a choice"),
         pytest.param(["info", "mega"], {"megacell.bash"}, id="a file"),

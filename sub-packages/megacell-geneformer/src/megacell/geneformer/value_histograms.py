@@ -94,6 +94,8 @@ class Histograms:
     @classmethod
     def sum(cls, parts: Sequence["Histograms"]) -> "Histograms":
         """Add up histograms of cells apart; their order does not matter."""
+        if len(parts) == 1:
+            return parts[0]
         genes, numbers = Genes.union([part.genes for part in parts])
         keys, cells = parts[0]._keys(numbers[0]), parts[0].cells
         for part, own in zip(parts[1:], numbers[1:], strict=True):
