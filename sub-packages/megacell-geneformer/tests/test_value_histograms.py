@@ -176,6 +176,12 @@ def add_a_cell(table):
     return table.set_column(table.column_names.index("cells"), "cells", altered)
 
 
+def empty_lists(table):
+    lists = table.column("buckets").combine_chunks()
+    none = pa.array([None] * len(lists), lists.type)
+    return table.set_column(table.column_names.index("buckets"), "buckets", none)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -183,6 +189,8 @@ def add_a_cell(table):
         (lambda folder: rewrite(folder, change=add_a_cell), "has changed since"),
         (lambda folder: rewrite(folder, lambda meta: {**meta, "allow_subset": True}), "has changed since"),
         (lambda folder: rewrite(folder, change=lambda table: table.drop_columns(["cells"])), "broken"),
+        (lambda folder: rewrite(folder, change=empty_lists), "as many counts as buckets"),
+        (lambda folder: rewrite(folder, change=lambda table: table[::-1]), "by ascending id"),
         (lambda folder: rewrite(folder, lambda meta: {**meta, "stores": [{}]}), "broken"),
         (lambda folder: (folder / NAME).write_bytes((folder / NAME).read_bytes()[:-9]), "broken"),
         (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / NAME), "broken"),
@@ -191,7 +199,8 @@ def add_a_cell(table):
         (lambda folder: sign_again(folder, vocabulary="0" * 64), "belongs to another vocabulary"),
         (lambda folder: sign_again(folder, bits=9), "buckets of 9 bits, where this program has 8"),
     ],
-    ids=["missing", "a count altered", "facts altered", "a column missing", "facts missing", "cut off", "another table",
+    ids=["missing", "a count altered", "facts altered", "a column missing", "lists missing", "genes out of order",
+         "facts missing", "cut off", "another table",
          "another format", "newer", "of another vocabulary", "other buckets"],
 )  # fmt: skip
 def test_a_changed_file_or_one_of_another_vocabulary_is_refused_with_the_mend(damage, message, saved):

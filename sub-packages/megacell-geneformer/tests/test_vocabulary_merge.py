@@ -2,10 +2,15 @@
 """Vocabularies merged, and gone on from as a store grows, against those built of all cells at once."""
 
 import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import anndata
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from megacell.geneformer.histogram_file import Counted
 from megacell.geneformer.split import SplitSettings, split_cells
@@ -180,6 +185,24 @@ def made(made_up, path, seed, settings=BY_CELL, cells=60, **changes):
     counts = np.random.default_rng(seed).poisson(0.6, (cells, 12))
     store = made_up(counts, sources=[f"{path.name}.h5ad"] * cells, **changes)
     return build(path, [store], settings, name=path.name)
+
+
+@settings(max_examples=30)
+@given(
+    counts=arrays(np.int64, st.tuples(st.integers(4, 40), st.just(5)), elements=st.sampled_from([0, 1, 1, 2, 3, 700])),
+    cut=st.floats(0, 1),
+    least=st.integers(1, 4),
+)
+def test_wherever_a_store_was_cut_going_on_agrees_with_building_anew(counts, cut, least, made_up):
+    """The store in memory has one generation: the earlier ones need not be there any more."""
+    counts[:, 0] = 1
+    everyone, known = SplitSettings(by="cell", holdout=0), 1 + int(cut * (len(counts) - 2))
+    with TemporaryDirectory() as folder:
+        before = build(Path(folder, "before"), [made_up(counts[:known])], everyone, min_cells=1)
+        vocabulary, _, _ = build_after(made_up(counts), before, {}, min_cells=least)
+    exact, _ = build_vocabulary(made_up(counts), everyone, min_cells=least)
+    assert vocabulary.gene_ids.tolist() == exact.gene_ids.tolist()
+    assert (np.abs(vocabulary.medians / exact.medians - 1) <= MEDIAN_ERROR * (1 + 1e-9)).all()
 
 
 def test_neither_order_nor_grouping_matters(made_up, tmp_path):

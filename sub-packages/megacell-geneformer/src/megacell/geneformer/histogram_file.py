@@ -191,9 +191,11 @@ def _from_table(table: pa.Table) -> Histograms:
     """Return the histograms of `_to_table`."""
     columns = {name: table.column(name).combine_chunks() for name in table.column_names}
     genes = Genes(*(columns[name].to_numpy(zero_copy_only=False) for name in ("gene_id", "symbol", "biotype")))
-    lengths = columns["buckets"].value_lengths().to_numpy(zero_copy_only=False)
-    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    buckets, cells = (columns[name].flatten().to_numpy() for name in ("buckets", "cells"))
-    if columns["cells"].value_lengths() != columns["buckets"].value_lengths():
+    lengths = columns["buckets"].value_lengths()
+    if lengths.null_count or lengths != columns["cells"].value_lengths():
         raise ValueError("as many counts as buckets are expected")
+    if (genes.ids[1:] <= genes.ids[:-1]).any():
+        raise ValueError("genes are expected once each, by ascending id")
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths.to_numpy())])
+    buckets, cells = (columns[name].flatten().to_numpy() for name in ("buckets", "cells"))
     return Histograms(genes, bounds, buckets, cells)
