@@ -67,7 +67,7 @@ def store(data, made) -> Path:
 @pytest.fixture(scope="session")
 def vocabulary(store, made) -> Path:
     """Of the real cells that are not held out, one in ten by cell: all cell types are on both sides."""
-    fine("vocabulary", "build", store, "--out", made / "vocabulary", "--split-by", "cell")
+    fine("vocabulary", "build", store, "--out", made / "vocabulary", "--split-by", "cell", "--mergeable")
     return made / "vocabulary"
 
 

@@ -17,6 +17,7 @@ from runs import Command, checkpoints, everything_in, fine, here, metrics, one_l
 from megacell.geneformer import Vocabulary
 from megacell.geneformer.interchange.open import open_model
 from megacell.geneformer.training.metrics import COLUMNS
+from megacell.geneformer.vocabulary import FILES
 from megacell.store import CellStore
 from megacell.store.cli import main
 
@@ -99,6 +100,8 @@ def test_a_run_leaves_metrics_a_summary_and_whole_checkpoints(name, request, voc
     assert {"frequency", "rank_frequency", "masked_genes"} <= summary.keys()
     assert checkpoints(run) == saved
     assert Vocabulary.open(run / "vocabulary").hash == Vocabulary.open(vocabulary).hash
+    assert {file.name for file in (run / "vocabulary").iterdir()} == set(FILES)
+    assert (vocabulary / "histograms.parquet").is_file()
     assert "split by cell" in printed
     assert f"gene frequency {summary['frequency']:.3f}" in printed
 

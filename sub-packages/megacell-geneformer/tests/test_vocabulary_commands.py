@@ -60,6 +60,12 @@ def test_a_vocabulary_is_built_from_a_store(megacell, real_store, tmp_path, caps
     assert f"{len(vocabulary.gene_ids):,} genes" in printed
 
 
+def test_a_store_given_twice_is_refused(megacell, real_store, tmp_path):
+    with pytest.raises(UsageError, match=r"the same store as .*; give each once"):
+        megacell("vocabulary", "build", real_store.path, real_store.path, "--out", tmp_path / "vocabulary")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_vocabulary_is_built_mergeable_gone_on_from_and_merged(megacell, data, tmp_path, capsys):
     cells, store = anndata.read_h5ad(data / "cells" / "pbmc4k_a.h5ad"), tmp_path / "store"
     for name, part in (("old", slice(0, 150)), ("new", slice(150, 300)), ("other", slice(300, 450))):

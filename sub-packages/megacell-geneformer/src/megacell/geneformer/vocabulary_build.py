@@ -15,7 +15,7 @@ from megacell.geneformer.split import SplitSettings, split_cells
 from megacell.geneformer.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.counts import LENGTH_NORMALISED
-from megacell.store.errors import DataError
+from megacell.store.errors import DataError, UsageError
 
 FIRST_GENE_TOKEN = 4
 MAX_LENGTH = 2048
@@ -95,9 +95,11 @@ class TrainingCells:
 
     @classmethod
     def of(cls, stores: list[CellStore], settings: SplitSettings, allow_subset: bool) -> "TrainingCells":
-        """Choose them; DataError if there is none."""
+        """Choose them; UsageError if a store is given twice, DataError if there is no cell."""
         chosen, levels, lines = [], [], []
-        for store in stores:
+        for i, store in enumerate(stores):
+            if twin := next((other for other in stores[:i] if other.digest == store.digest), None):
+                raise UsageError(f"{store.path}: the same store as {twin.path}; give each once")
             cells, level, own = _training_cells(store, settings, allow_subset)
             chosen.append(cells)
             levels.append(level)

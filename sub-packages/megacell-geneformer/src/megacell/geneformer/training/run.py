@@ -40,6 +40,7 @@ from megacell.geneformer.training.recorded import check_ranks_agree, store_recor
 from megacell.geneformer.training.run_readme import write_readme
 from megacell.geneformer.training.saving import Saver
 from megacell.geneformer.training.signals import Signals
+from megacell.geneformer.vocabulary import FILES
 from megacell.store.durable import write_whole
 from megacell.store.errors import DataError
 
@@ -83,7 +84,9 @@ class Run:
         """Keep beside the run what it needs to be resumed, exported and understood."""
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.cfg.resume:
-            shutil.copytree(self.cfg.vocabulary, self.out / "vocabulary", dirs_exist_ok=True)
+            (self.out / "vocabulary").mkdir(exist_ok=True)
+            for name in FILES:  # no histograms: a run has no use for them
+                shutil.copy2(Path(self.cfg.vocabulary) / name, self.out / "vocabulary" / name)
             paths = {name: str(Path(self.cfg[name]).resolve()) for name in ("store", "vocabulary")}
             own = OmegaConf.masked_copy(self.cfg, [str(name) for name in self.cfg if name not in settings.ELSEWHERE])
             text = OmegaConf.to_yaml(OmegaConf.merge(own, paths, {"resume": False}))
