@@ -107,17 +107,19 @@ class _DroppingAttention(torch.autograd.Function):
         query, key, value, out = ctx.saved_tensors
         grad = grad.contiguous()
         inner = (grad * out).sum(-1)  # of each row of weights with its gradient
-        to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        to_query, to_key, to_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for heads, cell, blocks in _parts(ctx.bounds, len(query)):
             scaled = key[heads, cell] / math.sqrt(key.shape[-1])
+            keys, values = torch.zeros_like(scaled), torch.zeros_like(scaled)  # added up in one piece: threads share it
             for rows in blocks:
                 weights = torch.softmax(query[heads, rows] @ scaled.mT, -1)
                 slopes = grad[heads, rows] @ value[heads, cell].mT
                 ctx.dropout.drop_both(weights, slopes, inner[heads, rows], heads.start, rows.start)
                 to_query[heads, rows] = slopes @ scaled
-                to_key[heads, cell].baddbmm_(slopes.mT, query[heads, rows])
-                to_value[heads, cell].baddbmm_(weights.mT, grad[heads, rows])
-        return to_query, to_key / math.sqrt(key.shape[-1]), to_value, None, None
+                keys.baddbmm_(slopes.mT, query[heads, rows])
+                values.baddbmm_(weights.mT, grad[heads, rows])
+            to_key[heads, cell], to_value[heads, cell] = keys / math.sqrt(key.shape[-1]), values
+        return to_query, to_key, to_value, None, None
 
 
 def _parts(bounds: list[int], heads: int) -> Iterator[tuple[slice, slice, list[slice]]]:
