@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 TESTS_AT_ONCE ?= 2
 
-.PHONY: setup demo docs test test-all lint clean bench-peers bench-store bench-batches bench-train bench-compiled bench-scaling bench-embed
+.PHONY: setup demo docs test test-all lint clean bench-peers bench-store bench-batches bench-train bench-steps bench-compiled bench-scaling bench-embed
 
 setup: $(STAMP)
 
@@ -74,6 +74,10 @@ TRAIN ?= batch.cells=16
 bench-train: setup
 	$(BIN)/python benchmarks/train.py $(DATA)/cells $(DATA)/geneformer/V2 model=geneformer_10m $(TRAIN) \
 	  --warmup 1 --seconds 60 --json benchmarks/results/train.json --chart benchmarks/results/train.png
+
+bench-steps: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_steps.py $(DATA)/cells $(DATA)/geneformer/V2 \
+	  model=geneformer_10m batch.cells=8 --json benchmarks/results/training_steps.json
 
 bench-compiled: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compiled.py $(DATA)/cells $(DATA)/geneformer/V2 model=geneformer_10m \

@@ -155,8 +155,7 @@ def test_figures_of_the_store_are_those_that_were_measured():
 
 
 def test_figures_of_training_are_those_that_were_measured():
-    figures, scaling = result("train"), result("scaling")
-    times = [each["fp32"] for name, each in figures["times"].items() if name.endswith("fp32")]
+    figures, scaling, times = result("train"), result("scaling"), result("training_steps")["times"].values()
     outside = figures["contenders"]["megacell, 24 cells, fp32"]["outside_the_engine"]
     found = [*(f"{each:.1f}" for each in times), scaling["goals"][0]["found"], f"{outside:.2%}".replace("%", " %")]
     shown_here = [[cell.strip() for cell in line.strip("|").split("|")] for line in goals_of("Training on a CPU")]
