@@ -64,8 +64,8 @@ def expected():
     return run(lambda *qkv: reference(*qkv, 0.3), tensors())
 
 
-@pytest.mark.parametrize("block", [1, 300, 5000, 1 << 20], ids="blocks of {} weights".format)
-@pytest.mark.parametrize("threads", [1, 2, 3], ids="{} threads".format)
+@pytest.mark.parametrize("block", [1, 5000, 1 << 20], ids="blocks of {} weights".format)
+@pytest.mark.parametrize("threads", [1, 3], ids="{} threads".format)
 @pytest.mark.parametrize("rows", [1, 64], ids="rows of at least {}".format)
 def test_output_and_gradients_are_those_of_the_definition(expected, block, threads, rows, monkeypatch):
     monkeypatch.setattr(dropping_attention, "BLOCK", block)
