@@ -30,7 +30,7 @@ def rates(rows: Iterator[int], seconds: float) -> dict[str, float]:
     walls, cpus = [], []
     for run in range(REPEATS + 1):
         n, wall, cpu = 0, time.perf_counter(), time.process_time()
-        while time.perf_counter() - wall < seconds / REPEATS:
+        while not n or time.perf_counter() - wall < seconds / REPEATS:
             n += next(rows)
         if run:
             walls.append(n / (time.perf_counter() - wall))

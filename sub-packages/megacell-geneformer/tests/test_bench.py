@@ -32,6 +32,12 @@ def test_the_command_prints_every_figure_of_the_protocol(real_store, vocabulary_
     assert "a dictionary look-up a gene" in bench.table(figures)
 
 
+def test_no_time_at_all_still_measures_a_step_each(real_store, published):
+    figures = bench.bench_batches(real_store, published["V2"], 0)
+    assert figures["speed_up_of_2_threads"] > 0
+    assert min(figures["cells_a_cpu_second"].values()) > 0
+
+
 def test_references_that_rank_otherwise_stop_the_measurement(real_store, published, monkeypatch):
     monkeypatch.setattr(References, "numpy_cell", lambda self, row: np.zeros(3, np.int64))
     with pytest.raises(DataError, match=r"cell \d+: the references rank it otherwise"):

@@ -102,7 +102,7 @@ def _rate(work: Callable[[int], int], seconds: float) -> float:
     rates = []
     for _ in range(3):
         cells, k, start = 0, 0, time.process_time()
-        while time.process_time() - start < seconds / 3:
+        while not k or time.process_time() - start < seconds / 3:
             cells += work(k)
             k += 1
         rates.append(cells / (time.process_time() - start))
@@ -117,7 +117,7 @@ def _speed_up(stream: BatchStream, seconds: float) -> float:
 
         def work(number: int) -> None:
             k = number
-            while time.perf_counter() < deadline:
+            while not counted[number] or time.perf_counter() < deadline:  # one at least, however late a thread starts
                 stream.step(k)
                 counted[number] += 1
                 k += threads

@@ -39,7 +39,7 @@ def rates(
     for run in range(REPEATS + 1):
         for name, work in methods.items():
             rows, wall, cpu = 0, time.perf_counter(), time.process_time()
-            while time.perf_counter() - wall < seconds / REPEATS:
+            while not rows or time.perf_counter() - wall < seconds / REPEATS:  # one batch at least
                 work(random.integers(0, cells, batch))
                 rows += batch
             if run:
