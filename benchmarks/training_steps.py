@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from dictionaries import WITH_NAMES, published_vocabulary
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from megacell.geneformer.bench_train_references import CONTENDERS, GROUPED, batches
+from megacell.geneformer.bench_train_references import CONTENDERS, contender
 from megacell.geneformer.model.bert import Pack, PackedBert
 from megacell.geneformer.model.init import initialise
 from megacell.geneformer.training import device, settings
@@ -58,13 +58,8 @@ def ours(cfg: DictConfig) -> Iterator[Prepared]:
 
 def reference(name: str, cfg: DictConfig, batch: int) -> Iterator[Prepared]:
     """Yield steps of a contender of `megacell bench train`."""
-    cells = batch * GROUPED
-    whole = {"batch": {"cells": cells, "tokens": cells * cfg.model.max_length}}
-    data = TrainingData.open(DictConfig(OmegaConf.merge(cfg, whole)))
-    make, grouped = CONTENDERS[name]
-    torch.manual_seed(cfg.seed)
-    step = make(cfg, data.vocabulary.size)
-    for made in batches(data.stream(), batch, data.vocabulary.specials["pad"], grouped=grouped):
+    step, endless = contender(name, cfg, batch)
+    for made in endless:
         yield int(made.real.sum()), partial(step, made)
 
 

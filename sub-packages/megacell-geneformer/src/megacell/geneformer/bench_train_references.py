@@ -155,6 +155,18 @@ CONTENDERS: dict[str, tuple[Callable[[DictConfig, int], Step], bool]] = {  # mak
 }
 
 
+def contender(name: str, cfg: DictConfig, batch: int) -> tuple[Step, Iterator[Padded]]:
+    """Return a contender's training step, and its batches of so many cells, for ever."""
+    cells = batch * GROUPED
+    whole = {"batch": {"cells": cells, "tokens": cells * cfg.model.max_length}}  # one pack, to be cut up here
+    data = TrainingData.open(DictConfig(OmegaConf.merge(cfg, whole)))
+    stream = data.stream()
+    make, grouped = CONTENDERS[name]
+    torch.manual_seed(cfg.seed)
+    step = make(cfg, data.vocabulary.size)
+    return step, batches(stream, batch, data.vocabulary.specials["pad"], grouped=grouped)
+
+
 def run(name: str, cfg: DictConfig, batch: int, protocol: dict[str, float]) -> Iterator[dict[str, float]]:
     """Train one contender; yield what it did, window by window, after the warm-up.
 
@@ -169,14 +181,7 @@ def run(name: str, cfg: DictConfig, batch: int, protocol: dict[str, float]) -> I
     protocol : dict
         ``warmup`` and ``steps`` (least of a window), ``seconds`` (of a window), ``windows``.
     """
-    cells = batch * GROUPED
-    whole = {"batch": {"cells": cells, "tokens": cells * cfg.model.max_length}}  # one pack, to be cut up here
-    data = TrainingData.open(DictConfig(OmegaConf.merge(cfg, whole)))
-    stream = data.stream()
-    make, grouped = CONTENDERS[name]
-    torch.manual_seed(cfg.seed)
-    step = make(cfg, data.vocabulary.size)
-    endless = batches(stream, batch, data.vocabulary.specials["pad"], grouped=grouped)
+    step, endless = contender(name, cfg, batch)
     for _ in range(int(protocol["warmup"])):
         _timed(step, next(endless))
     for _ in range(int(protocol["windows"])):
