@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 TESTS_AT_ONCE ?= 2
 
-.PHONY: setup demo docs test test-all lint clean bench-peers bench-store bench-batches bench-train bench-steps bench-compiled bench-scaling bench-embed
+.PHONY: setup demo docs test test-all test-cuda lint clean bench-peers bench-store bench-batches bench-train bench-steps bench-compiled bench-scaling bench-embed
 
 setup: $(STAMP)
 
@@ -29,11 +29,15 @@ lint: setup
 	$(BIN)/mypy --package megacell.geneformer
 	$(BIN)/mypy benchmarks
 
+# On every machine the tests run on the CPU, and those of a GPU by a target of their own.
 test: lint
-	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not exhaustive"
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not exhaustive"
 
 test-all: lint
-	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile
+
+test-cuda: setup
+	$(BIN)/python -m pytest -m cuda
 
 # Environments of the peers that the benchmarks compare with; see benchmarks/README.md. annbatch needs Python 3.12.
 PEERS := .peers

@@ -34,6 +34,16 @@ def one_rank():
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def gpus() -> int:
+    """How many GPUs there are; tests that need one are skipped where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.cuda.device_count()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """A cache of the session's own."""

@@ -125,7 +125,7 @@ def losses_and_gradients(tensor: int, *, steps: int = 20, plain: bool = False, *
 
     from megacell.geneformer.training import device
 
-    with groups(tensor):
+    with groups(tensor), device.deterministic(choices.get("deterministic", False)):
         from megatron.core import parallel_state as state
 
         if plain:

@@ -126,6 +126,8 @@ class Layout:
         Which kernel attends within cells; "auto": the fastest that is exact, by device, precision and dropout.
     compiled : bool
         Make element-wise operations one kernel each, by ``torch.compile``.
+    deterministic : bool
+        Have Megatron take only operations that give the same bits every time.
 
     Raises
     ------
@@ -139,6 +141,7 @@ class Layout:
     precision: str = "fp32"
     attention: str = "auto"
     compiled: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -147,8 +150,9 @@ class Layout:
             raise UsageError(f"parallel.recompute={self.recompute}: choose one of {', '.join(RECOMPUTE)}")
         if self.attention not in ATTENTIONS:
             raise UsageError(f"attention={self.attention}: choose one of {', '.join(ATTENTIONS)}")
-        if not isinstance(self.compiled, bool):
-            raise UsageError(f"compile={self.compiled}: must be true or false")
+        for name, value in (("compile", self.compiled), ("deterministic", self.deterministic)):
+            if not isinstance(value, bool):
+                raise UsageError(f"{name}={value}: must be true or false")
         if self.sequence and self.tensor < 2:
             raise UsageError("sequence parallelism shares tokens among tensor parallel ranks, of which there is one")
 
@@ -193,6 +197,7 @@ def megatron_config(model: ModelConfig, layout: Layout):
         output_layer_init_method=torch.nn.init.zeros_,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
+        deterministic_mode=layout.deterministic,
         **ways[layout.recompute],
     )
     config.attention, config.compiled = layout.attention, layout.compiled  # for the parts that are our own

@@ -62,7 +62,11 @@ def _compiled(operation: Callable) -> Callable:
     On a CPU torch's own generator draws the dropout, as it does without compiling: the kernel's own is slower there.
     Should more graphs be needed than torch allows, it goes on without compiling, and says so: no run ends of it.
     """
-    options: dict[str, Any] = {"fallback_random": not torch.cuda.is_available(), "compile_threads": 1}
+    options: dict[str, Any] = {
+        "fallback_random": not torch.cuda.is_available(),
+        "compile_threads": 1,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),  # else variants are timed, and sum differently
+    }
     return torch.compile(operation, dynamic=True, options=options)
 
 

@@ -12,12 +12,18 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+_DETERMINISTIC = {  # what libraries want to be told, in the words of their own documentation
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS: no workspace that streams share
+    "NCCL_ALGO": "Ring",  # NCCL: the switches of NVLink sum in no fixed order
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine
+}
 _NOISE = (  # said by Megatron and torch at every start, and nothing that a user of ours can mend
     "Apex is not installed",
     "Transformer Engine and Apex are not installed",
@@ -57,6 +63,25 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # its errors are also raised
     nemo_logging.setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def deterministic(asked: bool = True) -> Iterator[None]:
+    """Take inside, if asked for, only what gives the same bits every time; raise RuntimeError where there is no such.
+
+    To be entered before CUDA is first used, since cuBLAS reads its setting then.
+    """
+    if not asked:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, _DETERMINISTIC))
+        filling: Any = torch.utils.deterministic
+        stack.callback(setattr, filling, "fill_uninitialized_memory", filling.fill_uninitialized_memory)
+        filling.fill_uninitialized_memory = False  # what for: nothing reads memory before it is written
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(True)
+        yield
 
 
 class _CudaOnCpu(TorchFunctionMode):

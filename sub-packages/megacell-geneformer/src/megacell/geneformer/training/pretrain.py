@@ -94,7 +94,8 @@ def train(cfg: DictConfig) -> int:
         OmegaConf.create({"network": run.network.to_dict(), "precision": cfg.precision}), trainer, run
     )
     try:
-        trainer.fit(module)
+        with device.deterministic(cfg.deterministic):
+            trainer.fit(module)
     finally:
         run.close()
     return run.finish()

@@ -183,6 +183,7 @@ class Run:
             f"tensor{' and sequence' if layout.sequence else ''} parallel on {parameter.device.type}; attention: "
             f"{choose_backend(parameter.device, parameter.dtype, dropout, layout.attention)}, dropout {dropout}"
             + ("; compiled" if layout.compiled else "")
+            + ("; deterministic" if layout.deterministic else "")
             + (f"; computed twice: {layout.recompute}" if layout.recompute != "none" else "")
         )
 

@@ -136,7 +136,9 @@ def layout(cfg: DictConfig) -> Layout:
     """Return how the settings have the network run."""
     parallel = cfg.parallel
     sequence = parallel.sequence and parallel.tensor > 1
-    return Layout(parallel.tensor, sequence, parallel.recompute, cfg.precision, cfg.attention, cfg.compile)
+    return Layout(
+        parallel.tensor, sequence, parallel.recompute, cfg.precision, cfg.attention, cfg.compile, cfg.deterministic
+    )
 
 
 def _check_data(data: DictConfig) -> None:
