@@ -14,8 +14,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from megacell.geneformer import lengths
+from megacell.geneformer.training import launch
 from megacell.geneformer.training import sweep as sweep_module
 from megacell.store.cli import main as megacell
 from ranks import free_port
@@ -151,6 +153,24 @@ def test_machines_that_know_each_other_by_address_only_give_the_same_losses(sett
         ]
     )
     assert losses(run) == reference
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["127.0.0.1:0", "localhost:0", "[::1]:0", "192.0.2.1:0", "no-such-host.invalid:0", "host"]
+)
+def test_what_is_no_address_of_this_machine_but_its_loopback_is_left_to_torch(endpoint):
+    assert not launch._is_here(endpoint)
+
+
+def test_machines_that_do_not_meet_are_told_where_and_what_to_do(settings, tmp_path, monkeypatch, capsys):
+    def elastic_launch(config, command):
+        raise RendezvousConnectionError("nobody answers")
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    meeting = ["launcher=torchrun", "launcher.nodes=2", "launcher.endpoint=192.0.2.1:29400"]
+    assert megacell(["pretrain", *settings, f"out={tmp_path / 'run'}", *meeting]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "launcher.endpoint=192.0.2.1:29400: 2 machine(s) did not meet there (nobody answers)" in line
 
 
 # Slurm, played by three scripts

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts a run's processes on this machine through torchrun's agent, and passes on the signals that end it."""
 
+import contextlib
 import ctypes
+import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Mapping
 from typing import Any
+
+from megacell.store.errors import UsageError
 
 INTERRUPTED = 75  # exit code after a signal: a checkpoint was saved, resume=true goes on (sysexits' EX_TEMPFAIL)
 _PARENT = "MEGACELL_LAUNCHER"  # in the environment of the ranks: the id of the process that started them
@@ -65,6 +70,21 @@ def _forward(number: int, frame: object) -> None:
         os.kill(pid, number)
 
 
+def _is_here(endpoint: str) -> bool:
+    """Return whether an endpoint is an address of this machine, beside its loopback, at which nobody listens yet.
+
+    torch asks only what the machine's own name resolves to, which may be its loopback address and no other.
+    """
+    host, _, port = endpoint.rpartition(":")
+    with contextlib.suppress(OSError, ValueError):
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a run that has just ended there
+            probe.bind(address)
+        return not ipaddress.ip_address(address[0]).is_loopback
+    return False
+
+
 def launch(devices: int, overrides: list[str], meeting: Mapping[str, Any] | None = None) -> int:
     """Run ``megacell pretrain`` in ``devices`` processes here and return their exit code.
 
@@ -73,8 +93,14 @@ def launch(devices: int, overrides: list[str], meeting: Mapping[str, Any] | None
 
     The agent's own answer to a signal (wait 30 s, then kill) would cut a save short: it leaves them to us, and
     the ranks end themselves once their checkpoint stands. A rank that dies ends the others.
+
+    Raises
+    ------
+    UsageError
+        The machines did not meet.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables; a rank says why it ended
@@ -85,6 +111,7 @@ def launch(devices: int, overrides: list[str], meeting: Mapping[str, Any] | None
         run_id=meeting["id"] if meeting else uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint=meeting["endpoint"] if meeting else "localhost:0",
+        rdzv_configs={"is_host": True} if meeting and _is_here(meeting["endpoint"]) else {},
         local_addr=meeting["address"] if meeting else None,
         max_restarts=0,
         monitor_interval=0.5,
@@ -101,6 +128,11 @@ def launch(devices: int, overrides: list[str], meeting: Mapping[str, Any] | None
         if code < 0:
             print(f"megacell pretrain: a rank was ended by {signal.Signals(-code).name}", file=sys.stderr)
         return code if code > 0 else 1
+    except RendezvousError as error:
+        raise UsageError(
+            f"launcher.endpoint={config.rdzv_endpoint}: {config.min_nodes} machine(s) did not meet there ({error}): "
+            "start the same command on each, with a free port of the first"
+        ) from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
