@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the tests that cross sub-packages."""
 
+import fcntl
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,20 +70,36 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def store(data, made) -> Path:
-    """All real cells."""
-    fine("convert", data / "cells", "--out", made / "store")
-    return made / "store"
+def shared(tmp_path_factory) -> Callable[..., tuple[Path, str]]:
+    """What several test processes read, made by a command of the first that asks: path, and what was printed."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+
+    def make(name: str, *words: object, out: str = "--out {}") -> tuple[Path, str]:
+        path, printed = folder / name, folder / f"{name}.printed"
+        with open(folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not printed.exists():
+                printed.write_text(fine(*words, *out.format(path).split()))
+        return path, printed.read_text()
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def vocabulary(store, made) -> Path:
+def store(data, shared) -> Path:
+    """All real cells."""
+    return shared("store", "convert", data / "cells")[0]
+
+
+@pytest.fixture(scope="session")
+def vocabulary(store, shared) -> Path:
     """Of the real cells that are not held out, one in ten by cell: all cell types are on both sides."""
-    fine("vocabulary", "build", store, "--out", made / "vocabulary", "--split-by", "cell", "--mergeable")
-    return made / "vocabulary"
+    return shared("vocabulary", "vocabulary", "build", store, "--split-by", "cell", "--mergeable")[0]
 
 
-def _train(store: Path, vocabulary: Path, out: Path, *settings: str) -> tuple[Path, str]:
+def _train(shared, name: str, store: Path, vocabulary: Path, *settings: str) -> tuple[Path, str]:
     given = (
         *TINY,
         f"steps={STEPS}",
@@ -91,16 +109,16 @@ def _train(store: Path, vocabulary: Path, out: Path, *settings: str) -> tuple[Pa
         "devices=2",
         *settings,
     )
-    return out, fine("pretrain", f"store={store}", f"vocabulary={vocabulary}", f"out={out}", *given)
+    return shared(name, "pretrain", f"store={store}", f"vocabulary={vocabulary}", *given, out="out={}")
 
 
 @pytest.fixture(scope="session")
-def copies(store, vocabulary, made) -> tuple[Path, str]:
+def copies(store, vocabulary, shared) -> tuple[Path, str]:
     """A run of two data parallel ranks, and what it printed."""
-    return _train(store, vocabulary, made / "copies")
+    return _train(shared, "copies", store, vocabulary)
 
 
 @pytest.fixture(scope="session")
-def halves(store, vocabulary, made) -> tuple[Path, str]:
+def halves(store, vocabulary, shared) -> tuple[Path, str]:
     """A run of two tensor parallel ranks, and what it printed."""
-    return _train(store, vocabulary, made / "halves", "parallel.tensor=2")
+    return _train(shared, "halves", store, vocabulary, "parallel.tensor=2")

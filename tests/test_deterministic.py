@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`deterministic=true`: on a CPU the same as ever; on a GPU, too, a run that goes on computes the same bits."""
+"""`deterministic=true`: on a CPU the same as ever; on a GPU, too, a run that goes on computes the same bits.
+
+That runs on a CPU go on with it is in test_resume.py, whose runs ask for it.
+"""
 
 import os
 import shutil
@@ -24,28 +27,19 @@ ON_A_GPU = {
 }
 
 
-def assert_resumed_alike(store, vocabulary, folder, *choices) -> None:
-    """Train; assert that the run taken up again halfway logs the same figures and ends with the same tensors."""
+@pytest.mark.cuda
+@pytest.mark.parametrize("choices", ON_A_GPU.values(), ids=ON_A_GPU.keys())
+def test_a_run_on_a_gpu_that_goes_on_computes_the_same_bits(choices, gpus, store, vocabulary, tmp_path):
     every = (f"steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep=9", f"validation.every={EVERY}")
-    whole, resumed = folder / "whole", folder / "resumed"
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     given = (f"store={store}", f"vocabulary={vocabulary}", *TINY, *choices, *every, "deterministic=true")
-    assert "; deterministic" in fine("pretrain", *given, f"out={whole}")
+    fine("pretrain", *given, f"out={whole}")
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoints" / f"step-{STEPS:08d}")
     assert f"resuming at step {EVERY} " in fine("pretrain", f"out={resumed}", "resume=true")
     assert figures(resumed) == figures(whole)
     last = f"checkpoints/step-{STEPS:08d}"
     assert not differing(tensors(resumed / last), tensors(whole / last))
-
-
-def test_a_run_that_goes_on_computes_the_same_bits(store, vocabulary, tmp_path):
-    assert_resumed_alike(store, vocabulary, tmp_path, *DROPOUT)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("choices", ON_A_GPU.values(), ids=ON_A_GPU.keys())
-def test_a_run_on_a_gpu_that_goes_on_computes_the_same_bits(choices, gpus, store, vocabulary, tmp_path):
-    assert_resumed_alike(store, vocabulary, tmp_path, *choices)
 
 
 def test_on_a_cpu_it_changes_nothing(one_rank):
