@@ -76,12 +76,12 @@ def shared(tmp_path_factory) -> Callable[..., tuple[Path, str]]:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
 
-    def make(name: str, *words: object, out: str = "--out {}") -> tuple[Path, str]:
+    def make(name: str, *words: object, hydra: bool = False) -> tuple[Path, str]:
         path, printed = folder / name, folder / f"{name}.printed"
         with open(folder / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not printed.exists():
-                printed.write_text(fine(*words, *out.format(path).split()))
+                printed.write_text(fine(*words, *([f"out={path}"] if hydra else ["--out", path])))
         return path, printed.read_text()
 
     return make
@@ -109,7 +109,7 @@ def _train(shared, name: str, store: Path, vocabulary: Path, *settings: str) -> 
         "devices=2",
         *settings,
     )
-    return shared(name, "pretrain", f"store={store}", f"vocabulary={vocabulary}", *given, out="out={}")
+    return shared(name, "pretrain", f"store={store}", f"vocabulary={vocabulary}", *given, hydra=True)
 
 
 @pytest.fixture(scope="session")

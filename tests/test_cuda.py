@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a GPU a run and what comes of it are those of a CPU, but for rounding."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 from runs import TINY, fine, metrics
@@ -17,8 +19,9 @@ def losses(run) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def train(store, vocabulary, tmp_path_factory):
-    """Train without dropout; returns the run's folder."""
+    """Train without dropout, in each way once; returns the run's folder."""
 
+    @cache
     def train(*choices, gpu=True):
         run = tmp_path_factory.mktemp("runs") / "run"
         every = (f"steps={STEPS}", "checkpoint.every=6", "validation.every=12")

@@ -27,7 +27,7 @@ KILLS = 30
 def settings(store, vocabulary) -> list[str]:
     """Two data parallel ranks with both dropouts: any random state that is not a function of the step would show.
 
-    `deterministic=true` says what this is of; on a CPU it changes nothing, on a GPU nothing here would hold without it.
+    On a CPU `deterministic=true` changes nothing; that it is taken along by a run that goes on is seen here.
     """
     dropout = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "deterministic=true")
     sizes = ("model.layers=1", "batch.cells=16", "validation.cells=8", f"steps={STEPS}", "devices=2")
@@ -126,6 +126,7 @@ def test_a_killed_run_goes_on_as_if_never_killed(killed, whole, made):
     newest = checkpoints(run)[-1]
     printed = fine("pretrain", f"out={run}", "resume=true")
     assert f"resuming at step {newest} " in printed
+    assert "; deterministic" in printed
     assert "passed over" not in printed
     assert_the_same(run, whole)
 
