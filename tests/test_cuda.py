@@ -45,7 +45,7 @@ def on_the_cpu(train):
 @pytest.mark.parametrize(
     "choices",
     [("fp32",), ("fp32", "compile=true"), ("fp32", "attention=padded"), ("fp32", "parallel.recompute=full"), ("bf16",),
-     ("bf16", "attention=nested"), ("fp16",)],
+     ("bf16", "attention=efficient"), ("fp16",)],
     ids=", ".join,
 )  # fmt: skip
 def test_losses_are_those_of_a_cpu(gpus, train, on_the_cpu, choices):

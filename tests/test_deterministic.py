@@ -20,7 +20,7 @@ ON_A_GPU = {
     "fp32": ("precision=fp32", *DROPOUT),
     "bf16": ("precision=bf16", *DROPOUT),
     "fp16": ("precision=fp16", *DROPOUT),
-    "bf16, varlen": ("precision=bf16", "model.hidden_dropout=0.1", "model.attention_dropout=0", "attention=varlen"),
+    "bf16, efficient": ("precision=bf16", *DROPOUT, "attention=efficient"),
     "bf16, compiled": ("precision=bf16", *DROPOUT, "compile=true"),
     "bf16, recomputed": ("precision=bf16", *DROPOUT, "parallel.recompute=full"),
 }

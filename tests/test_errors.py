@@ -248,7 +248,7 @@ PRETRAIN = {
         ("{both}", "parallel.context=2", "devices=2"), ("parallel.context=2", "not offered", "parallel.sequence"),
     ),
     "an unknown way to recompute": (("{both}", "parallel.recompute=some"), ("recompute=some", "selective, full")),
-    "an unknown attention": (("{both}", "attention=flash"), ("attention=flash", "varlen", "transformer_engine")),
+    "an unknown attention": (("{both}", "attention=fast"), ("attention=fast", "flash", "transformer_engine")),
     "an attention that cannot run in float32": (
         ("{both}", "attention=transformer_engine"), ("attention=transformer_engine", "attention=auto"),
     ),

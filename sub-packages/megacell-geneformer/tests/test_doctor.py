@@ -64,8 +64,8 @@ def test_what_a_run_takes_is_what_the_model_would_choose(gpus, device, advice):
     assert found["device"] == device
     assert found["precision advised"].startswith(advice)
     assert found["compile=true"] == (f"needs {missing}" if (missing := missing_to_compile()) else "can be had")
-    assert found["attention, bf16"].startswith(choose_backend(where, torch.bfloat16, 0.0))
-    assert found["attention, fp32"].endswith(choose_backend(where, torch.float32, 0.1))
+    assert found["attention, bf16"] == choose_backend(where, torch.bfloat16)
+    assert found["attention, fp32"] == choose_backend(where, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -140,10 +140,7 @@ def choices(torch_here: Torch) -> list[Finding]:
     bf16 = bool(gpus) and all(gpu.capability >= _OLDEST for gpu in gpus)
     found = [Finding("what a run takes", "device", f"{where.type}: {_why(gpus)}")]
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        names = [choose_backend(where, dtype, dropout) for dropout in (0.0, 0.1)]
-        found.append(
-            Finding("what a run takes", f"attention, {precision}", f"{names[0]}; with attention dropout {names[1]}")
-        )
+        found.append(Finding("what a run takes", f"attention, {precision}", choose_backend(where, dtype)))
     missing = missing_to_compile()
     found.append(Finding("what a run takes", "compile=true", f"needs {missing}" if missing else "can be had"))
     advice = "bf16: half the memory, and several times the speed" if bf16 else "fp32: bf16 gains nothing here"

@@ -37,7 +37,7 @@ class PackedAttention(MegatronModule):
         Tensor [T, H * D]
         """
         dropout = self.dropout if self.training else 0.0
-        attend = BACKENDS[choose_backend(query.device, query.dtype, dropout, self.config.attention)]
+        attend = BACKENDS[choose_backend(query.device, query.dtype, self.config.attention)]
         if dropout and not self.config.sequence_parallel:  # under it the whole encoder is inside of such a fork
             with get_cuda_rng_tracker().fork():  # each tensor parallel rank drops in its own heads
                 out = attend(query, key, value, packed_seq_params, dropout)

@@ -6,7 +6,8 @@ as ``PackedSeqParams`` and a dropout rate, and gives [T, H, D].
 """
 
 import importlib.util
-from functools import cache, partial
+import math
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,34 +18,35 @@ from megacell.geneformer.model.dropping_attention import attend_dropping
 from megacell.store.errors import UsageError
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, dropout: float, asked: str = "auto") -> str:
-    """Name the attention that runs: the one that was asked for, or else the fastest that is exact here.
+def choose_backend(device: torch.device, dtype: torch.dtype, asked: str = "auto") -> str:
+    """Return the name of the kernel that attends: the one asked for, or one that is exact here and torch's own.
 
-    ``sequences``: SDPA a cell at a time, and with dropout on a CPU `attend_dropping`. ``varlen``: torch's
-    variable-length flash kernel (CUDA, 16 bit, no dropout: it has none). ``nested``: SDPA over a jagged nested tensor
-    (CUDA otherwise). Only when asked for: ``padded``: SDPA over cells padded to the longest, under a mask;
+    ``sequences``: SDPA a cell at a time, and with dropout on a CPU `attend_dropping`. ``flash``: FlashAttention 2 as
+    torch builds it (CUDA from compute capability 8.0 on, 16 bit). ``efficient``: torch's memory-efficient kernel (CUDA,
+    also float32). Only when asked for: ``padded``: SDPA over cells padded to the longest, under a mask;
     ``transformer_engine`` (CUDA, 16 bit).
     """
     if asked != "auto":
         return asked
     if device.type == "cpu":
         return "sequences"
-    return "varlen" if dtype in (torch.bfloat16, torch.float16) and dropout == 0 else "nested"
+    return "flash" if dtype in (torch.bfloat16, torch.float16) else "efficient"
 
 
-def check_backend(asked: str, precision: str, dropout: float) -> None:
+_PACKAGES = {"transformer_engine": "transformer-engine[pytorch]"}
+
+
+def check_backend(asked: str, precision: str) -> None:
     """Raise UsageError if the attention that was asked for cannot run on this machine in this way."""
-    if asked not in ("varlen", "transformer_engine"):
+    if asked not in ("flash", "efficient", "transformer_engine"):
         return
     reason = None
     if not torch.cuda.is_available():
         reason = "needs a GPU, and torch sees none"
-    elif precision == "fp32":
+    elif precision == "fp32" and asked != "efficient":
         reason = "works in 16 bit only: set precision=bf16"
-    elif asked == "varlen" and dropout:
-        reason = "has no dropout: set model.attention_dropout=0"
-    elif asked == "transformer_engine" and importlib.util.find_spec(asked) is None:
-        reason = "is not installed: pip install 'transformer-engine[pytorch]'"
+    elif asked in _PACKAGES and importlib.util.find_spec(asked) is None:
+        reason = f"is not installed: pip install '{_PACKAGES[asked]}'"
     if reason:
         raise UsageError(f"attention={asked}: {reason}, or leave it at attention=auto")
 
@@ -61,18 +63,33 @@ def _sequences(query, key, value, packed: Any, dropout: float):
     return torch.cat(cells, dim=2)[0].transpose(0, 1)
 
 
-def _nested(query, key, value, packed: Any, dropout: float):
-    offsets, longest = packed.cu_seqlens_q.long(), packed.max_seqlen_q
-    jagged = partial(torch.nested.nested_tensor_from_jagged, offsets=offsets, min_seqlen=1, max_seqlen=longest)
-    q, k, v = (jagged(x.contiguous()).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()
+def _flash(query, key, value, packed: Any, dropout: float):
+    """Call what `scaled_dot_product_attention` calls, with the bounds of packed cells and with dropout.
+
+    `torch.nn.attention.varlen` calls it too, and passes no dropout on. It has not been run on a GPU here.
+    """
+    bounds, longest, scale = packed.cu_seqlens_q, packed.max_seqlen_q, 1 / math.sqrt(query.shape[-1])
+    out = torch.ops.aten._flash_attention_forward(
+        *_multiple_of_8(query, key, value), bounds, bounds, longest, longest, dropout, False, False, scale=scale
+    )[0]
+    return out[..., : query.shape[-1]]
 
 
-def _varlen(query, key, value, packed: Any, dropout: float):
-    from torch.nn.attention.varlen import varlen_attn
+def _efficient(query, key, value, packed: Any, dropout: float):
+    """Call torch's other kernel in the same way; it has not been run on a GPU here."""
+    bounds, longest, scale = packed.cu_seqlens_q, packed.max_seqlen_q, 1 / math.sqrt(query.shape[-1])
+    q, k, v = (x[None] for x in _multiple_of_8(query, key, value))
+    keep = torch.is_grad_enabled()  # what the backward pass needs
+    out = torch.ops.aten._efficient_attention_forward(
+        q, k, v, None, bounds, bounds, longest, longest, dropout, 0, keep, scale=scale
+    )[0]
+    return out[0, ..., : query.shape[-1]]
 
-    bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    return varlen_attn(query, key, value, bounds, bounds, longest, longest)
+
+def _multiple_of_8(*tensors):
+    """Fill heads up to the size that the kernels take; zeros change no product."""
+    missing = -tensors[0].shape[-1] % 8
+    return tensors if not missing else tuple(F.pad(x, (0, missing)) for x in tensors)
 
 
 def _padded(query, key, value, packed: Any, dropout: float):
@@ -112,8 +129,8 @@ def _transformer_engine(query, key, value, packed: Any, dropout: float):
 
 BACKENDS = {
     "sequences": _sequences,
-    "nested": _nested,
-    "varlen": _varlen,
+    "flash": _flash,
+    "efficient": _efficient,
     "padded": _padded,
     "transformer_engine": _transformer_engine,
 }

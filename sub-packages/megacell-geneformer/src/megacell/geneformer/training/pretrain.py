@@ -45,7 +45,7 @@ def check_paths(cfg: DictConfig) -> None:
 
 def check_machine(cfg: DictConfig) -> None:
     """Refuse, before anything starts, what cannot run on this machine."""
-    check_backend(cfg.attention, cfg.precision, cfg.model.attention_dropout)
+    check_backend(cfg.attention, cfg.precision)
     if cfg.compile:
         check_compiler()
 

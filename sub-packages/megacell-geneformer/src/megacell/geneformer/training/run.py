@@ -181,7 +181,7 @@ class Run:
         self.screen.line(
             f"model: {size:,} parameters a rank, {layout.precision}; {copies} data x {layout.tensor} "
             f"tensor{' and sequence' if layout.sequence else ''} parallel on {parameter.device.type}; attention: "
-            f"{choose_backend(parameter.device, parameter.dtype, dropout, layout.attention)}, dropout {dropout}"
+            f"{choose_backend(parameter.device, parameter.dtype, layout.attention)}, dropout {dropout}"
             + ("; compiled" if layout.compiled else "")
             + ("; deterministic" if layout.deterministic else "")
             + (f"; computed twice: {layout.recompute}" if layout.recompute != "none" else "")
