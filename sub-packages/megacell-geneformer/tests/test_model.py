@@ -175,6 +175,10 @@ def test_the_attentions_that_can_be_asked_for_are_those_that_there_are():
         ("efficient", True, "fp32", None),
         ("efficient", True, "fp16", None),
         ("efficient", False, "fp32", "a GPU"),
+        ("cudnn", True, "bf16", None),
+        ("cudnn", False, "bf16", "a GPU"),
+        ("cudnn", True, "fp32", "precision=bf16"),
+        ("cudnn", True, "bf16", "not installed: pip install 'nvidia-cudnn-frontend'"),
         ("transformer_engine", True, "fp16", None),
         ("transformer_engine", False, "fp16", "a GPU"),
         ("transformer_engine", True, "fp32", "precision=bf16"),
@@ -242,8 +246,8 @@ def test_transformer_engine_is_called_as_it_is_documented(tensors, monkeypatch):
 def test_attention_on_a_gpu_equals_the_padded_reference(tensors, backend, dtype, most):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if backend == "transformer_engine":
-        pytest.importorskip("transformer_engine.pytorch", exc_type=ImportError)
+    if module := {"transformer_engine": "transformer_engine.pytorch", "cudnn": "cudnn"}.get(backend):
+        pytest.importorskip(module, exc_type=ImportError)
     bounds = packed()
     bounds.cu_seqlens_q = bounds.cu_seqlens_q.cuda()
     run = lambda q, k, v: attention.BACKENDS[backend](q, k, v, bounds, 0.0)  # noqa: E731

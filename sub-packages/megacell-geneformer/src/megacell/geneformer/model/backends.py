@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megacell.geneformer.model.cudnn_attention import attend_cudnn
 from megacell.geneformer.model.dropping_attention import attend_dropping
 from megacell.store.errors import UsageError
 
@@ -23,8 +24,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, asked: str = "auto"
 
     ``sequences``: SDPA a cell at a time, and with dropout on a CPU `attend_dropping`. ``flash``: FlashAttention 2 as
     torch builds it (CUDA from compute capability 8.0 on, 16 bit). ``efficient``: torch's memory-efficient kernel (CUDA,
-    also float32). Only when asked for: ``padded``: SDPA over cells padded to the longest, under a mask;
-    ``transformer_engine`` (CUDA, 16 bit).
+    also float32). Only when asked for: ``cudnn``: cuDNN's kernel, see `cudnn_attention`; ``padded``: SDPA over cells
+    padded to the longest, under a mask; ``transformer_engine`` (CUDA, 16 bit).
     """
     if asked != "auto":
         return asked
@@ -33,12 +34,12 @@ def choose_backend(device: torch.device, dtype: torch.dtype, asked: str = "auto"
     return "flash" if dtype in (torch.bfloat16, torch.float16) else "efficient"
 
 
-_PACKAGES = {"transformer_engine": "transformer-engine[pytorch]"}
+_PACKAGES = {"transformer_engine": "transformer-engine[pytorch]", "cudnn": "nvidia-cudnn-frontend"}
 
 
 def check_backend(asked: str, precision: str) -> None:
     """Raise UsageError if the attention that was asked for cannot run on this machine in this way."""
-    if asked not in ("flash", "efficient", "transformer_engine"):
+    if asked not in ("flash", "efficient", "cudnn", "transformer_engine"):
         return
     reason = None
     if not torch.cuda.is_available():
@@ -131,6 +132,7 @@ BACKENDS = {
     "sequences": _sequences,
     "flash": _flash,
     "efficient": _efficient,
+    "cudnn": attend_cudnn,
     "padded": _padded,
     "transformer_engine": _transformer_engine,
 }

@@ -11,7 +11,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 NORMS = ("pre", "post")
 ACTIVATIONS = ("gelu", "relu", "gelu_tanh")
 RECOMPUTE = ("none", "selective", "full")
-ATTENTIONS = ("auto", "sequences", "flash", "efficient", "padded", "transformer_engine")
+ATTENTIONS = ("auto", "sequences", "flash", "efficient", "cudnn", "padded", "transformer_engine")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Layout:
         What is computed again in the backward pass, to save memory: nothing, attention, or whole layers.
     precision : {"fp32", "bf16", "fp16"}
         Of parameters and activations; the optimizer's own copy is float32 in any case.
-    attention : {"auto", "sequences", "flash", "efficient", "padded", "transformer_engine"}
+    attention : {"auto", "sequences", "flash", "efficient", "cudnn", "padded", "transformer_engine"}
         Which kernel attends within cells; "auto": an exact one, by device and precision.
     compiled : bool
         Make element-wise operations one kernel each, by ``torch.compile``.
