@@ -29,14 +29,14 @@ class Norm(torch.nn.LayerNorm):
 
 
 class _BiasAtOnce:
-    """A cut linear layer of Megatron, whose bias is added within the product where nothing is learned or cut.
+    """A linear layer of Megatron, whose bias is added within the product where one rank holds all of it.
 
     Megatron adds it afterwards, in a pass of its own over the memory, to fuse it with the dropout of training.
     """
 
     def forward(self, states):
         """Return (product, bias that is still to be added), for states [T, 1, size]."""
-        if torch.is_inference_mode_enabled() and self.tp_group.size() == 1:
+        if self.tp_group.size() == 1:
             return torch.nn.functional.linear(states, self.weight, self.bias), None
         return super().forward(states)
 
