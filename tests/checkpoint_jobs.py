@@ -48,13 +48,13 @@ def train(tensor: int, first: int, last: int, folder: str, middle: int, buckets:
             engine.scheduler.step(first)
         losses: list[float] = []
         gradients: dict[int, dict[str, np.ndarray]] = {}
-        update = engine.optimizer.step
+        prepare = engine.optimizer.prepare_grads
 
-        def update_and_note():
+        def note_and_prepare():
             gradients[first + len(losses)] = jobs.whole_gradients(engine)
-            return update()
+            return prepare()
 
-        engine.optimizer.step = update_and_note
+        engine.optimizer.prepare_grads = note_and_prepare
         saver = Saver(Path(folder), engine.bert, engine.optimizer, keep=9)
         for step in range(first, last):
             packs = jobs.packs(step, state.get_data_parallel_rank(), state.get_data_parallel_world_size())

@@ -134,8 +134,8 @@ def losses_and_gradients(tensor: int, *, steps: int = 20, plain: bool = False, *
             choices["kind"] = PlainBert
         engine = make_engine(**choices)
         losses, gradients = [], []
-        step_optimizer = engine.optimizer.step
-        engine.optimizer.step = lambda: (gradients.append(whole_gradients(engine)), step_optimizer())[1]
+        prepare = engine.optimizer.prepare_grads
+        engine.optimizer.prepare_grads = lambda: (gradients.append(whole_gradients(engine)), prepare())[1]
         for step in range(steps):
             device.seed_step(0, step)
             result = engine.train_step(

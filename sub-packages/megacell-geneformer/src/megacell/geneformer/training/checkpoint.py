@@ -132,16 +132,14 @@ def load(checkpoint: Path, bert, optimizer=None) -> dict:
     return facts
 
 
-def _distributed_optimizers(optimizer) -> list:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
 def _prepare(optimizer) -> None:
     """Mend two gaps of Megatron 0.16.1 with torch's Adam: state that is not there yet, and its per-parameter step."""
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
+    from megacell.geneformer.training.engine import parts
+
     begin_state(optimizer)
-    for part in _distributed_optimizers(optimizer):
+    for part in parts(optimizer):
         if HAVE_APEX_OR_TE:
             continue
 
@@ -158,7 +156,9 @@ def _prepare(optimizer) -> None:
 
 def begin_state(optimizer) -> None:
     """Make the optimizer's state of step 0, which torch makes at the first update: that one may come after a save."""
-    for part in _distributed_optimizers(optimizer):
+    from megacell.geneformer.training.engine import parts
+
+    for part in parts(optimizer):
         groups = part.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         for group in groups:
@@ -174,8 +174,14 @@ def begin_state(optimizer) -> None:
 
 
 def _separate_steps(optimizer) -> None:
-    """Give each parameter a step of its own: Megatron hands all of them one tensor, which each update would raise."""
-    for part in _distributed_optimizers(optimizer):
+    """Give each parameter a step of its own: Megatron hands all of them one tensor, which each update would raise.
+
+    Which kernel counts them, and where, is this machine's choice, not that of the one that wrote the file.
+    """
+    from megacell.geneformer.training.engine import fuse, parts
+
+    for part in parts(optimizer):
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+    fuse(optimizer)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -16,15 +17,11 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 from omegaconf import DictConfig
 
 from megacell.geneformer.model.bert import Pack, PackedBert
+from megacell.geneformer.training.device import device
 
 Accept = Callable[[float, int, float | None], bool]
 """Whether to make an update: of the loss summed over this rank's masked genes, their number, and the gradient norm over
 all ranks; None where the gradients overflowed in 16 bits."""
-
-
-class _LeftOut(Exception):
-    def __init__(self, grad_norm: float):
-        self.grad_norm = grad_norm
 
 
 @dataclass
@@ -75,8 +72,7 @@ class Engine:
         self.bert = bert
         self.ddp = DistributedDataParallel(bert.config, config, bert)
         self.optimizer = _optimizer(cfg, self.ddp)
-        self.optimizer.get_grad_norm = partial(self._ask, self.optimizer.get_grad_norm)
-        self._accept: Callable[[float | None], bool] | None = None
+        self.clip, self.scaled = float(cfg.optim.clip), bert.config.fp16
         self.scheduler = schedule(cfg, self.optimizer)
         bert.config.no_sync_func = self.ddp.no_sync
         bert.config.grad_scale_func = self.optimizer.scale_loss
@@ -97,24 +93,25 @@ class Engine:
         self.optimizer.zero_grad()
         loss_sum, masked = self.forward_backward(packs)
         self.scheduler.step(1)  # before the update: the n-th step takes the schedule's n-th rate
-        self._accept = accept and partial(accept, loss_sum, masked)
-        try:
-            applied, grad_norm, _ = self.optimizer.step()
-        except _LeftOut as left_out:
-            applied, grad_norm = False, left_out.grad_norm
-        if grad_norm is None:  # the gradients overflowed in 16 bits: Megatron leaves the update out by itself
-            grad_norm = math.inf
-            if self._accept:
-                self._accept(None)
-        rate, scale = self.optimizer.param_groups[0]["lr"], float(self.optimizer.get_loss_scale())
-        return StepResult(loss_sum, masked, float(grad_norm), rate, bool(applied), scale)
+        grad_norm, applied = self._update(accept and partial(accept, loss_sum, masked))
+        rate = self.optimizer.param_groups[0]["lr"]
+        scale = float(self.optimizer.get_loss_scale()) if self.scaled else 1.0  # asked, a GPU is waited for
+        return StepResult(loss_sum, masked, grad_norm, rate, applied, scale)
 
-    def _ask(self, measure: Callable[[], float]) -> float:
-        """Stand in Megatron's step where it measures the gradients, before it clips and uses them."""
-        grad_norm = float(measure())
-        if self._accept and not self._accept(grad_norm):
-            raise _LeftOut(grad_norm)
-        return grad_norm
+    @torch.no_grad()
+    def _update(self, accept: Callable[[float | None], bool] | None) -> tuple[float, bool]:
+        """Go through Megatron's update step by step; return the gradient norm, and whether weights were changed."""
+        if self.optimizer.prepare_grads():  # they overflowed in 16 bits
+            if accept:
+                accept(None)
+            return math.inf, False
+        norm = norm_of_gradients(self.optimizer)
+        if accept and not accept(norm):
+            return norm, False
+        if self.clip and norm > self.clip:
+            grads = [p.grad for part in parts(self.optimizer) for p in part.get_parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, self.clip / (norm + 1e-6))
+        return norm, bool(self.optimizer.step_with_ready_grads())
 
     def forward_backward(self, packs: list[Pack], *, forward_only: bool = False) -> tuple[float, int]:
         """Run Megatron's schedule; return the loss summed over this rank's masked genes, and their number."""
@@ -136,7 +133,8 @@ def _forward_step(packs, model) -> tuple[torch.Tensor, Callable]:
 
     def summed(losses: torch.Tensor):
         total = losses.sum()
-        count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+        # made where the losses are, so that a GPU is not waited for
+        count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
         return total, count, torch.stack([total.detach().double(), count.double()])
 
     return model(pack), summed
@@ -152,7 +150,6 @@ def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
-        clip_grad=optim.clip,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         initial_loss_scale=optim.initial_loss_scale,
@@ -162,9 +159,15 @@ def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
         overlap_param_gather=ddp.ddp_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, [ddp])
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts(optimizer):
         _give_state(part)
+    fuse(optimizer)
     return optimizer
+
+
+def parts(optimizer) -> list:
+    """Return the distributed optimizers that Megatron has chained."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _give_state(part) -> None:
@@ -173,6 +176,30 @@ def _give_state(part) -> None:
     if not HAVE_APEX_OR_TE:  # torch's Adam counts the steps of each parameter
         for state in part.optimizer.state.values():
             state["step"] = torch.tensor(0.0)
+
+
+def fuse(optimizer) -> None:
+    """Have torch's Adam work in one kernel on a GPU, and count steps there; elsewhere as torch chooses."""
+    if HAVE_APEX_OR_TE:
+        return
+    on_gpu = device().type == "cuda"
+    for part in parts(optimizer):
+        for group in part.optimizer.param_groups:
+            group["fused"] = True if on_gpu else None
+            for state in (part.optimizer.state[param] for param in group["params"]):
+                state["step"] = state["step"].to(state["exp_avg"].device if on_gpu else "cpu")
+
+
+def norm_of_gradients(optimizer) -> float:
+    """Return the norm of the gradients over all ranks, waiting once for the device.
+
+    As Megatron's own does, which without Apex or Transformer Engine waits once a tensor.
+    """
+    grads = [grad for part in parts(optimizer) for grad in part.get_main_grads_for_grad_norm()]
+    norms = torch._foreach_norm(grads) if grads else [torch.zeros(1, device=device())]
+    square = torch.stack(norms).norm().square()
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return float(square.sqrt())
 
 
 def schedule(cfg: DictConfig, optimizer) -> OptimizerParamScheduler:
