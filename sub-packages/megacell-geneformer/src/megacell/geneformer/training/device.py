@@ -136,7 +136,8 @@ def single_process() -> Iterator[None]:
         from megatron.core import parallel_state
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo cannot read a GPU's memory
+            dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel()
         yield
