@@ -81,14 +81,17 @@ def checkpoints(run: Path) -> list[int]:
 
 
 def tensors(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Return every tensor of a checkpoint: weights and the optimizer's state."""
+    """Return every tensor of a checkpoint: weights and the optimizer's state; bfloat16, which numpy lacks, as int16."""
+    import torch
+
     from megacell.geneformer.training import device
 
     with device.single_process():
         from megatron.core import dist_checkpointing
 
         found = dist_checkpointing.load_plain_tensors(str(checkpoint))
-        return {name: tensor.numpy() for name, tensor in found.items() if hasattr(tensor, "numpy")}
+        whole = {name: tensor for name, tensor in found.items() if torch.is_tensor(tensor)}
+        return {k: (v.view(torch.int16) if v.dtype is torch.bfloat16 else v).numpy() for k, v in whole.items()}
 
 
 def here(*words: object) -> tuple[int, str, str]:
