@@ -23,7 +23,7 @@ from dictionaries import dictionary_paths, published_vocabulary
 from measuring import child
 
 from megacell.geneformer import Vocabulary
-from megacell.geneformer.bench import bench_batches, table
+from megacell.geneformer.bench.batches import bench_batches, table
 from megacell.store import CellStore, convert
 
 GENES_A_CELL = 1343

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from dictionaries import WITH_NAMES, published_vocabulary
 
+from megacell.core.machine import where_and_when
 from megacell.geneformer.model.bert import Pack, PackedBert
-from megacell.geneformer.model.init import initialise
-from megacell.geneformer.training import device, settings
-from megacell.geneformer.training.data import TrainingData
+from megacell.geneformer.pretraining.data import TrainingData
 from megacell.store import convert
-from megacell.store.measured_on import where_and_when
+from megacell.training.config import settings
+from megacell.training.distributed import device
+from megacell.training.nn.weights import initialise
 
 FIGURES = ("cpu_seconds", "seconds")
 DROPOUTS = {
@@ -36,7 +37,7 @@ DROPOUTS = {
 
 def by_turns(overrides: list[str], steps: int) -> dict[str, Any]:
     """Return the figures of each step, compiled and not."""
-    from megacell.geneformer.training.engine import Engine
+    from megacell.training.engine import Engine
 
     runs: dict[str, list[dict[str, float]]] = {"compile=false": [], "compile=true": []}
     engines, data = {}, TrainingData.open(settings.compose(overrides))

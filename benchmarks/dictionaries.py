@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from megacell.geneformer import Vocabulary
-from megacell.geneformer.geneformer_pickles import import_geneformer
+from megacell.geneformer.vocabulary.geneformer_dictionaries import import_geneformer
 
 TOKENS_AND_MEDIANS = ("token_dictionary", "gene_median_dictionary")
 WITH_NAMES = (*TOKENS_AND_MEDIANS, "ensembl_mapping_dict", "gene_name_id_dict")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dictionaries import WITH_NAMES, published_vocabulary
 
-from megacell.store import cli
+from megacell.core.cli import main as cli
 
 
 def main() -> int:

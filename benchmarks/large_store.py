@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import xxhash
 
-from megacell.store.genes import GeneTable
-from megacell.store.manifest import FileRecord, Manifest, ObsColumn, ShardRecord, Source
-from megacell.store.obs_writer import ObsWriter
-from megacell.store.panels import PanelWriter
-from megacell.store.shard import FOLDER, OBS, ArrayWriter
+from megacell.store.format.gene_table import GeneTable
+from megacell.store.format.manifest import FileRecord, Manifest, ObsColumn, ShardRecord, Source
+from megacell.store.format.obs import ObsWriter
+from megacell.store.format.panels import PanelWriter
+from megacell.store.format.shard import FOLDER, OBS, ArrayWriter
 
 CELLS, SOURCES, SHARDS, GENES, VALUES_A_CELL, PANELS = 100_000_000, 10_000, 250, 60_000, 1_490, 100
 OBS_COLUMNS = [ObsColumn("cell_type", "category", tuple(f"type {i}" for i in range(500))), ObsColumn("age", "integer")]

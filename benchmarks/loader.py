@@ -22,10 +22,10 @@ import numpy as np
 from batches import real_like
 from dictionaries import published_vocabulary
 
-from megacell.geneformer.batches import BatchStream
-from megacell.geneformer.lengths import token_lengths
-from megacell.geneformer.vocabulary import Vocabulary
+from megacell.geneformer.tokens.lengths import token_lengths
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore, convert
+from megacell.store.sampling.batch_stream import BatchStream
 
 GLOBAL_BATCH, TOKEN_BUDGET, DEPTH = 256, 65_536, 2
 THREADS = (0, 1, 2, 4)

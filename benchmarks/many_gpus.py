@@ -8,10 +8,10 @@ import cost_model
 import numpy as np
 from cost_model import Link, Machines, Work
 
-from megacell.geneformer.bench_train import PEAKS, flops_a_token, token_counts
-from megacell.geneformer.order import share_out
-from megacell.geneformer.training import settings
-from megacell.store.convert_command import table
+from megacell.core.cli.parsers import table
+from megacell.geneformer.bench.train import PEAKS, flops_a_token, token_counts
+from megacell.store.sampling.sharing import share_out
+from megacell.training.config import settings
 
 GPUS = tuple(2**power for power in range(10))
 COMPUTED = "computed, on assumptions; not measured"
@@ -116,8 +116,8 @@ def parameters(cfg: Any, vocabulary: int) -> int:
     import torch
 
     from megacell.geneformer.model.bert import PackedBert
-    from megacell.geneformer.model.config import Layout
-    from megacell.geneformer.training import device
+    from megacell.training.distributed import device
+    from megacell.training.nn.layout import Layout
 
     with device.single_process(), torch.device("meta"):
         network = PackedBert(settings.model_config(cfg, vocabulary), Layout())

@@ -12,7 +12,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from megacell.geneformer.training import device
+from megacell.training.distributed import device
 
 REPEATS = 20
 

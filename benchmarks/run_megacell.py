@@ -25,7 +25,7 @@ from measuring import BATCH, REPEATS, rates, size_of, timed
 def convert(workers: str, out: str, *files: str) -> dict[str, float]:
     """Convert files."""
     from megacell.store import convert
-    from megacell.store.executors import prepare
+    from megacell.store.conversion.warm_up import prepare
 
     prepare()  # imports, which the peers do before they are timed too
     return {**timed(lambda: convert(files, out, workers=int(workers))), "bytes": size_of(Path(out))}
@@ -96,12 +96,12 @@ def processes(store: str, n: str, seconds: str) -> dict[str, float]:
 
 def tokenize(store: str, vocabulary: str, out: str) -> dict[str, Any]:
     """Rank a store's cells in blocks; write them as Hugging Face's datasets has them; keep the tokens as NumPy's."""
+    from megacell.core.buffers import RowBuffer
     from megacell.geneformer import Vocabulary
-    from megacell.geneformer.ranking import RankEncoder
-    from megacell.geneformer.tokenize import CELLS_AT_ONCE
-    from megacell.geneformer.tokenize import tokenize as write_dataset
+    from megacell.geneformer.tokens.rank_encoder import RankEncoder
+    from megacell.geneformer.tokens.tokenize import CELLS_AT_ONCE
+    from megacell.geneformer.tokens.tokenize import tokenize as write_dataset
     from megacell.store import CellStore
-    from megacell.store.gather import RowBuffer
 
     opened, words = CellStore.open(store), Vocabulary.open(vocabulary)
     encoder, buffer, found = RankEncoder(opened.gene_ids, opened.symbols, words), RowBuffer(), list[Any]()
@@ -133,8 +133,8 @@ def h5py(file: str) -> dict[str, float]:
 
 def open_store(store: str) -> dict[str, float]:
     """Open a store and read a random batch; then cells of every shard."""
+    from megacell.core.machine import own_memory
     from megacell.store import CellStore
-    from megacell.store.process_memory import own_memory
 
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))

@@ -26,12 +26,13 @@ from cost_model import Link, Machines
 from dictionaries import WITH_NAMES, published_vocabulary
 from many_gpus import COMPUTED, GPUS, lines, many_gpus, parameters, work_of
 
-from megacell.geneformer.bench_train import Protocol, accelerator, evenness, measure_pretrain, token_counts
-from megacell.geneformer.bench_train_command import add_protocol
-from megacell.geneformer.training import settings
-from megacell.store import cli, convert
-from megacell.store.convert_command import table
-from megacell.store.measured_on import where_and_when
+from megacell.core.cli import main as cli
+from megacell.core.cli.parsers import table
+from megacell.core.machine import where_and_when
+from megacell.geneformer.bench.train import Protocol, accelerator, evenness, measure_pretrain, token_counts
+from megacell.geneformer.commands.bench_train import add_protocol
+from megacell.store import convert
+from megacell.training.config import settings
 
 GOAL = 1.8  # times the tokens a second of one process with one core, by two with one core each
 SMALL = 4096  # bytes whose reduction takes the latency alone

@@ -25,9 +25,9 @@ from large_store import make_large_store
 from made_cells import CELLS, draw_cells, write_cells
 from measuring import REPEATS, child, medians
 
-from megacell.store import cli
-from megacell.store.convert_command import table
-from megacell.store.measured_on import where_and_when
+from megacell.core.cli import main as cli
+from megacell.core.cli.parsers import table
+from megacell.core.machine import where_and_when
 
 Figures = dict[str, Any]
 BLOCKS = ((1, 2048), (64, 64), (256, 32))  # of annbatch: cells a block, blocks held at a time

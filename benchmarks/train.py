@@ -13,7 +13,8 @@ from pathlib import Path
 
 from dictionaries import WITH_NAMES, published_vocabulary
 
-from megacell.store import cli, convert
+from megacell.core.cli import main as cli
+from megacell.store import convert
 
 
 def main() -> int:

@@ -25,20 +25,21 @@ import torch
 from dictionaries import WITH_NAMES, published_vocabulary
 from omegaconf import DictConfig
 
-from megacell.geneformer.bench_train_references import CONTENDERS, contender
+from megacell.core.machine import where_and_when
+from megacell.geneformer.bench.train_references import CONTENDERS, contender
 from megacell.geneformer.model.bert import Pack, PackedBert
-from megacell.geneformer.model.init import initialise
-from megacell.geneformer.training import device, settings
-from megacell.geneformer.training.data import TrainingData
+from megacell.geneformer.pretraining.data import TrainingData
 from megacell.store import convert
-from megacell.store.measured_on import where_and_when
+from megacell.training.config import settings
+from megacell.training.distributed import device
+from megacell.training.nn.weights import initialise
 
 Prepared = tuple[int, Callable[[], object]]  # real tokens of a step, and the step
 
 
 def ours(cfg: DictConfig) -> Iterator[Prepared]:
     """Yield steps of Megacell."""
-    from megacell.geneformer.training.engine import Engine
+    from megacell.training.engine import Engine
 
     data = TrainingData.open(cfg)
     network = settings.model_config(cfg, data.vocabulary.size)

@@ -19,7 +19,7 @@ def small_buckets():
     """Have Megatron reduce gradients in several buckets, which it does only from 40 million parameters on."""
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from megacell.geneformer.training import engine
+    from megacell.training import engine
 
     smaller = partial(DistributedDataParallelConfig, bucket_size=BUCKET)
     with mock.patch.object(engine, "DistributedDataParallelConfig", smaller):
@@ -35,8 +35,8 @@ def train(tensor: int, first: int, last: int, folder: str, middle: int, buckets:
     import torch
     import torch.distributed as dist
 
-    from megacell.geneformer.training import checkpoint
-    from megacell.geneformer.training.saving import Saver
+    from megacell.training.checkpoint import checkpoint
+    from megacell.training.checkpoint.saver import Saver
 
     with jobs.groups(tensor), small_buckets() if buckets else contextlib.nullcontext():
         from megatron.core import parallel_state as state
@@ -70,7 +70,7 @@ def train(tensor: int, first: int, last: int, folder: str, middle: int, buckets:
 
 def begin() -> tuple[list[bytes], list[bytes]]:
     """Return a network's weights before and after its optimizer's state is made, at a learning rate above 0."""
-    from megacell.geneformer.training import checkpoint
+    from megacell.training.checkpoint import checkpoint
 
     with jobs.groups(1):
         engine = jobs.make_engine()
@@ -90,8 +90,9 @@ def pretrain(settings: list[str], spoilt: dict[int, float]) -> tuple[int, str]:
     import torch
     import torch.distributed as dist
 
-    from megacell.geneformer.training import device, engine
-    from megacell.geneformer.training.pretrain import main
+    from megacell.training import engine
+    from megacell.training.distributed import device
+    from megacell.training.run.pretrain import main
 
     seed_step, forward_step, factor = device.seed_step, engine._forward_step, 1.0
 

@@ -13,14 +13,14 @@ def computed(path: str, vocabulary: str, lengths: tuple[int, ...], tensor: int) 
     import torch
     from hugging import cells_of
 
-    from megacell.geneformer.embed import hidden_states
     from megacell.geneformer.interchange.hugging_face import read_sizes
-    from megacell.geneformer.interchange.nemo import read_config
     from megacell.geneformer.interchange.open import load_into
-    from megacell.geneformer.model.attention import attention_maps
     from megacell.geneformer.model.bert import PackedBert
-    from megacell.geneformer.model.config import Layout, ModelConfig
-    from megacell.geneformer.vocabulary import Vocabulary
+    from megacell.geneformer.model.config import ModelConfig
+    from megacell.geneformer.model.states import attention_maps, hidden_states
+    from megacell.geneformer.vocabulary.vocabulary import Vocabulary
+    from megacell.training.interchange.nemo import read_config
+    from megacell.training.nn.layout import Layout
 
     opened = Vocabulary.open(vocabulary)
     pack = cells_of(lengths)[0]
@@ -42,8 +42,8 @@ def restored(path: str, pack: dict[str, np.ndarray], tensor: int) -> tuple[np.nd
     import pytest
     from restore import logits
 
-    from megacell.geneformer.training.module import GeneformerModel
-    from megacell.store.errors import UsageError
+    from megacell.core.errors import UsageError
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
 
     with groups(tensor):
         model = GeneformerModel.restore_from(path).eval()

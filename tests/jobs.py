@@ -27,7 +27,7 @@ _STANDING: dict[int, dict] = {}  # what parallel_state holds, by tensor parallel
 @contextlib.contextmanager
 def groups(tensor: int) -> Iterator[None]:
     """Megatron's process groups for one job; they stay for the next: gloo has a thread for each, which never sleeps."""
-    from megacell.geneformer.training import device
+    from megacell.training.distributed import device
 
     with device.megatron():
         from megatron.core import parallel_state
@@ -80,9 +80,10 @@ def make_engine(network: dict | None = None, options: dict | None = None, kind: 
     from omegaconf import OmegaConf
 
     from megacell.geneformer.model.bert import PackedBert
-    from megacell.geneformer.model.config import Layout, ModelConfig
-    from megacell.geneformer.model.init import initialise
-    from megacell.geneformer.training.engine import Engine
+    from megacell.geneformer.model.config import ModelConfig
+    from megacell.training.engine import Engine
+    from megacell.training.nn.layout import Layout
+    from megacell.training.nn.weights import initialise
 
     if layout.get("compiled"):
         torch._dynamo.reset()  # torch allows a function so many graphs, and the tests have many networks
@@ -123,7 +124,7 @@ def losses_and_gradients(tensor: int, *, steps: int = 20, plain: bool = False, *
     import torch
     import torch.distributed as dist
 
-    from megacell.geneformer.training import device
+    from megacell.training.distributed import device
 
     with groups(tensor), device.deterministic(choices.get("deterministic", False)):
         from megatron.core import parallel_state as state
@@ -157,8 +158,9 @@ def train(
     **choices,
 ) -> list:
     """Train with dropout, from the start or from a checkpoint, saving one on the way; return this rank's results."""
-    from megacell.geneformer.training import checkpoint, device
-    from megacell.geneformer.training.saving import Saver
+    from megacell.training.checkpoint import checkpoint
+    from megacell.training.checkpoint.saver import Saver
+    from megacell.training.distributed import device
 
     with groups(tensor):
         from megatron.core import parallel_state as state
@@ -182,7 +184,7 @@ def train(
 
 def fp16_from_a_scale_too_large(steps: int, **optim) -> list:
     """Train in fp16; return each step's result and whether it changed any weight, on this rank or in float32."""
-    from megacell.geneformer.training import device
+    from megacell.training.distributed import device
 
     with groups(1):
         engine = make_engine(precision="fp16", options={"steps": 2 * steps, "optim": optim})
@@ -210,7 +212,7 @@ def dtypes(precision: str, reduce_fp32: bool) -> tuple[set[str], set[str], set[s
 
 def tokens_in_a_layer(sequence: bool) -> tuple[int, int]:
     """Return a pack's tokens, and those that one of two tensor parallel ranks takes through a layer."""
-    from megacell.geneformer.training import device
+    from megacell.training.distributed import device
 
     with groups(2):
         engine, seen = make_engine(sequence=sequence), []
@@ -227,7 +229,8 @@ def losses_of_tiny(steps: int, **changes) -> list[float]:
     from omegaconf import OmegaConf
 
     from megacell.geneformer.model.bert import Pack
-    from megacell.geneformer.training import device, settings
+    from megacell.training.config import settings
+    from megacell.training.distributed import device
 
     tiny = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / "tiny.yaml"))
     with groups(1):
@@ -257,8 +260,8 @@ def agree(*digests: str) -> str:
     import torch
     import torch.distributed as dist
 
-    from megacell.geneformer.training.recorded import check_ranks_agree
-    from megacell.store.errors import DataError
+    from megacell.core.errors import DataError
+    from megacell.training.run.recorded import check_ranks_agree
 
     try:
         check_ranks_agree(SimpleNamespace(path="cells.store", digest=digests[dist.get_rank()]), torch.device("cpu"))

@@ -6,8 +6,8 @@ from unittest import mock
 
 import torch
 
-from megacell.geneformer.model import attention
 from megacell.geneformer.model.bert import Pack, PackedBert
+from megacell.training.nn import packed_attention as attention
 
 
 class PlainBert(PackedBert):

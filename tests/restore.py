@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from megacell.geneformer.model.bert import Pack
-from megacell.geneformer.training import device
+from megacell.training.distributed import device
 
 
 def logits(model, pack: dict[str, np.ndarray]) -> np.ndarray:
@@ -24,7 +24,7 @@ def logits(model, pack: dict[str, np.ndarray]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    from megacell.geneformer.training.module import GeneformerModel
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
 
     given, results, *models = sys.argv[1:]
     pack = dict(np.load(given))

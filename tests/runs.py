@@ -25,7 +25,7 @@ MARK = "MEGACELL_TEST_FAMILY"  # in the environment of a command and of all that
 class Command:
     """A running command; ``family`` finds every process that it or a child of it has started, orphans too."""
 
-    def __init__(self, *words: object, script: tuple = ("-m", "megacell.store.cli"), **options):
+    def __init__(self, *words: object, script: tuple = ("-m", "megacell"), **options):
         self.mark = uuid.uuid4().hex
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", MARK: self.mark}
@@ -84,7 +84,7 @@ def tensors(checkpoint: Path) -> dict[str, np.ndarray]:
     """Return every tensor of a checkpoint: weights and the optimizer's state; bfloat16, which numpy lacks, as int16."""
     import torch
 
-    from megacell.geneformer.training import device
+    from megacell.training.distributed import device
 
     with device.single_process():
         from megatron.core import dist_checkpointing
@@ -96,7 +96,7 @@ def tensors(checkpoint: Path) -> dict[str, np.ndarray]:
 
 def here(*words: object) -> tuple[int, str, str]:
     """Run a command in this process, which has paid for its imports; return exit code, stdout and stderr."""
-    from megacell.store.cli import main
+    from megacell.core.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -13,8 +13,8 @@ import yaml
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
-from megacell.geneformer.training.settings import compose, config_dir
-from megacell.store.cli import build_parser
+from megacell.core.cli.main import build_parser
+from megacell.training.config.settings import compose, config_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "$ "

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from runs import fine
 
-from megacell.geneformer import bench_embed
-from megacell.geneformer.bench_embed_command import CONTENDERS
-from megacell.geneformer.vocabulary import Vocabulary
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.geneformer.bench import embed as bench_embed
+from megacell.geneformer.commands.bench_embed import CONTENDERS
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 
 
 def test_the_command_knows_the_contenders():

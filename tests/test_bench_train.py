@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from runs import Command
 
-from megacell.geneformer import bench_train
-from megacell.geneformer.bench_train import Protocol, _cut, _figures, evenness, flops_a_token, times
-from megacell.geneformer.bench_train_references import IGNORED, batches
-from megacell.geneformer.bench_train_report import chart
-from megacell.geneformer.training import settings
-from megacell.geneformer.training.data import TrainingData
-from megacell.store.cli import main as megacell
-from megacell.store.errors import DataError
+from megacell.core.cli.main import main as megacell
+from megacell.core.errors import DataError
+from megacell.geneformer.bench import train as bench_train
+from megacell.geneformer.bench.train import Protocol, _cut, _figures, evenness, flops_a_token, times
+from megacell.geneformer.bench.train_references import IGNORED, batches
+from megacell.geneformer.bench.train_report import chart
+from megacell.geneformer.pretraining.data import TrainingData
+from megacell.training.config import settings
 
 HEAD = "step,loss,tokens_per_second,data_wait,engine,memory_gib,cells,tokens"
 

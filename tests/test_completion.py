@@ -69,7 +69,7 @@ def test_bash_completes(words, some, scripts):
 
 
 def test_every_command_and_every_option_of_a_training_is_offered(scripts):
-    from megacell.store.cli import build_parser
+    from megacell.core.cli.main import build_parser
 
     (commands,) = (action for action in build_parser()._actions if action.dest == "command")
     assert offered(scripts, "") == set(commands.choices)

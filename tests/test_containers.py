@@ -69,7 +69,7 @@ def test_the_build_is_sent_what_it_copies_and_no_tests():
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_an_image_runs_as_another_user_than_root_and_looks_at_its_health(name):
-    from megacell.store.cli import build_parser
+    from megacell.core.cli.main import build_parser
 
     stage = STAGES[name]
     assert stage.of("USER") == ["10001"]
@@ -192,7 +192,7 @@ def filled(text: str) -> str:
 
 @pytest.mark.parametrize("name", ["train", "train-cpu"])
 def test_what_compose_trains_with_are_options_of_pretrain(name):
-    from megacell.geneformer.training.settings import compose
+    from megacell.training.config.settings import compose
 
     command, *options = map(filled, COMPOSE["services"][name]["command"])
     cfg = compose(options)
@@ -228,7 +228,7 @@ def test_the_batch_script_has_nothing_that_shellcheck_minds():
 
 
 def test_slurm_starts_one_task_a_gpu_in_the_container(tmp_path):
-    from megacell.geneformer.training.settings import compose
+    from megacell.training.config.settings import compose
 
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", SBATCH.read_text(), re.M))
     assert directives["ntasks-per-node"] == directives["gpus-per-node"]
@@ -297,7 +297,7 @@ def test_what_a_pod_runs_has_nothing_that_shellcheck_minds():
 def test_a_pod_starts_a_node_of_the_run(there, tmp_path):
     from torch.distributed.run import get_args_parser
 
-    from megacell.geneformer.training.settings import compose
+    from megacell.training.config.settings import compose
 
     if there:
         (tmp_path / "runs/run").mkdir(parents=True)
@@ -306,7 +306,7 @@ def test_a_pod_starts_a_node_of_the_run(there, tmp_path):
     words = (tmp_path / "called").read_text().splitlines()
     parsed = get_args_parser().parse_args(words)
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank) == ("2", "8", 1)
-    assert parsed.training_script == "megacell.store.cli"
+    assert parsed.training_script == "megacell"
     command, *options = parsed.training_script_args
     assert command == "pretrain"
     if there:
@@ -337,7 +337,7 @@ SRUN = f"""\
 while [ "${{1#--}}" != "$1" ]; do shift; done
 shift
 for rank in 0 1; do
-  SLURM_PROCID=$rank SLURM_LOCALID=$rank {sys.executable} -m megacell.store.cli "$@" &
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank {sys.executable} -m megacell "$@" &
 done
 code=0
 for rank in $(jobs -p); do wait "$rank" || code=$?; done
@@ -361,7 +361,7 @@ def ranks_below(process: subprocess.Popen) -> list[int]:
     for parent in looked:
         children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
         looked += children
-        found += [pid for pid in children if b"megacell.store.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        found += [pid for pid in children if b"megacell" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from runs import TINY, differing, figures, fine, here, one_line, tensors
 
 import jobs
-from megacell.geneformer.training import device
+from megacell.training.distributed import device
 
 STEPS, EVERY = 12, 6
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")

@@ -79,7 +79,7 @@ def test_every_command_that_is_shown_is_one(page):
     for command in shown.commands(page):
         try:
             shown.check(command)
-        except (SystemExit, megacell.store.errors.MegacellError) as error:
+        except (SystemExit, megacell.core.errors.MegacellError) as error:
             pytest.fail(f"{command}\n{error}")
 
 

@@ -14,12 +14,12 @@ import scipy.sparse as sp
 from conftest import STEPS
 from runs import Command, checkpoints, everything_in, fine, here, metrics, one_line
 
+from megacell.core.cli.main import main
 from megacell.geneformer import Vocabulary
 from megacell.geneformer.interchange.open import open_model
-from megacell.geneformer.training.metrics import COLUMNS
-from megacell.geneformer.vocabulary import FILES
+from megacell.geneformer.vocabulary.vocabulary import FILES
 from megacell.store import CellStore
-from megacell.store.cli import main
+from megacell.training.run.metrics import COLUMNS
 
 RUNS = pytest.mark.parametrize(
     "name", ["copies", "halves"], ids=["two data parallel ranks", "two tensor parallel ranks"]
@@ -348,7 +348,7 @@ def test_a_model_trains_on_geneformers_second_vocabulary(data, store, tmp_path):
 def test_the_demos_cells_have_the_same_whole_counts_in_all_three_layouts(tmp_path):
     import scanpy as sc
 
-    from megacell.geneformer.demo import write_pbmc
+    from megacell.geneformer.demo.demo import write_pbmc
 
     pbmc = sc.datasets.pbmc68k_reduced()
     shares = np.expm1(pbmc.raw.X.toarray().astype(np.float64))
@@ -383,6 +383,6 @@ def test_the_demos_cells_have_the_same_whole_counts_in_all_three_layouts(tmp_pat
 
 
 def test_the_command_starts_without_torch(tmp_path):
-    look = "import sys; from megacell.store.cli import build_parser; build_parser(); print('torch' in sys.modules)"
+    look = "import sys; from megacell.core.cli.main import build_parser; build_parser(); print('torch' in sys.modules)"
     code, out, err = Command(script=("-c", look), cwd=tmp_path).end()
     assert (code, out.strip()) == (0, "False"), err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import TINY, checkpoints, differing, metrics, tensors
 
-from megacell.geneformer.training.guard import Guard
+from megacell.training.run.guard import Guard
 
 STEPS = 9
 

@@ -8,10 +8,10 @@ from hugging import BOTH, VOCABULARY, cells_of, theirs
 from interchange_jobs import computed, restored
 from restore import logits
 
-from megacell.geneformer.interchange import nemo
 from megacell.geneformer.interchange.open import open_model
 from megacell.geneformer.model.config import ModelConfig
-from megacell.geneformer.vocabulary import Vocabulary
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
+from megacell.training.interchange import nemo
 
 pytest.importorskip("transformers")
 LENGTHS = (31, 7, 40, 2)

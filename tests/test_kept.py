@@ -9,8 +9,8 @@ import checkpoint_jobs
 import pytest
 from runs import TINY, checkpoints, here, metrics, one_line
 
-from megacell.geneformer.training import checkpoint
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.training.checkpoint import checkpoint
 
 
 def make(folder, losses: dict[int, float | None]) -> None:

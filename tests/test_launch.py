@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from megacell.geneformer import lengths
-from megacell.geneformer.training import launch
-from megacell.geneformer.training import sweep as sweep_module
-from megacell.store.cli import main as megacell
+from megacell.core.cli.main import main as megacell
+from megacell.geneformer.tokens import lengths
+from megacell.training.distributed import launch
+from megacell.training.run import sweep as sweep_module
 from ranks import free_port
 
 GENES, CELLS, WAIT = 12_000, 120, 240
@@ -119,7 +119,7 @@ def by_srun(pretrain: list[str]) -> list[subprocess.Popen]:
 def reference(settings, tmp_path_factory) -> list[float]:
     """Losses of two ranks that `devices=2` started."""
     run = tmp_path_factory.mktemp("reference") / "run"
-    finish(by_devices(["megacell.store.cli", "pretrain", *settings, f"out={run}"]))
+    finish(by_devices(["megacell", "pretrain", *settings, f"out={run}"]))
     return losses(run)
 
 
@@ -133,7 +133,7 @@ def reference(settings, tmp_path_factory) -> list[float]:
 )
 def test_every_way_to_start_two_ranks_gives_the_same_losses(way, settings, reference, tmp_path):
     run = tmp_path / "run"
-    finish(way(["megacell.store.cli", "pretrain", *settings, f"out={run}"]))
+    finish(way(["megacell", "pretrain", *settings, f"out={run}"]))
     assert len(reference) == 3
     assert losses(run) == reference
 
@@ -142,7 +142,7 @@ def test_every_way_to_start_two_ranks_gives_the_same_losses(way, settings, refer
 def test_machines_that_know_each_other_by_address_only_give_the_same_losses(settings, reference, namespaces, tmp_path):
     run, port = tmp_path / "run", free_port()
     meeting = ["launcher=torchrun", "launcher.nodes=2", f"launcher.endpoint={namespaces[0][1]}:{port}"]
-    pretrain = ["-m", "megacell.store.cli", "pretrain", *settings, f"out={run}", *meeting]
+    pretrain = ["-m", "megacell", "pretrain", *settings, f"out={run}", *meeting]
     finish(
         [
             start(
@@ -237,7 +237,7 @@ def test_a_slurm_job_saves_before_its_time_is_up_and_is_queued_again_until_done(
     run, environment = slurm
     given = [o for o in settings if not o.startswith(("steps=", "checkpoint.", "validation."))]
     job = ["launcher=srun", "devices=2", "launcher.nodes=1", "steps=200", "launcher.options=['--partition=gpu']"]
-    command = [sys.executable, "-m", "megacell.store.cli", "pretrain", *given, *job, f"out={run}"]
+    command = [sys.executable, "-m", "megacell", "pretrain", *given, *job, f"out={run}"]
     finish([start(command, **environment)], starts=2)
     assert (Path(environment["FAKE_SLURM"]) / "turns").read_text().split() == ["75", "0"]
     summary = json.loads((run / "summary.json").read_text())
@@ -260,7 +260,7 @@ def test_without_sbatch_the_script_is_there_and_says_where_to_take_it(settings, 
 
 
 def sweep(settings: list[str], *more: str) -> None:
-    finish([start([sys.executable, "-m", "megacell.store.cli", "pretrain", "--multirun", *settings, *more])], starts=2)
+    finish([start([sys.executable, "-m", "megacell", "pretrain", "--multirun", *settings, *more])], starts=2)
 
 
 @pytest.mark.exhaustive

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from runs import here, metrics, one_line
 
+from megacell.core.report.charts import Axes, Line, bars, lines, number, points, ticks
 from megacell.store import CellStore
-from megacell.store.drawing import Axes, Line, bars, lines, number, points, ticks
 
 VOID = {"meta", "path", "circle", "rect", "br"}
 LOADING = {

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jobs
-from megacell.geneformer.training import checkpoint
+from megacell.training.checkpoint import checkpoint
 
 NETWORKS = {
     "pre-LN, GELU, tied": {},

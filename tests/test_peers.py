@@ -18,8 +18,8 @@ import pytest
 import scipy.sparse as sp
 
 from megacell.geneformer import rank_encode
-from megacell.geneformer.geneformer_pickles import import_geneformer, read_dictionary
-from megacell.geneformer.tokenize import tokenize
+from megacell.geneformer.tokens.tokenize import tokenize
+from megacell.geneformer.vocabulary.geneformer_dictionaries import import_geneformer, read_dictionary
 from megacell.store import CellStore, convert
 
 pytestmark = pytest.mark.exhaustive

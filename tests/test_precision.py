@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jobs
-from megacell.geneformer.training import checkpoint
+from megacell.training.checkpoint import checkpoint
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -17,7 +17,7 @@ import xxhash
 from runs import TINY, Command, checkpoints, differing, everything_in, figures, fine, here, last_step, one_line, tensors
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megacell.geneformer.training import checkpoint
+from megacell.training.checkpoint import checkpoint
 
 STEPS, EVERY = 80, 20
 KILLS = 30

@@ -34,10 +34,10 @@ def test_a_run_goes_on_bit_for_bit_on_its_own_cells_of_a_store_that_has_grown(co
 
 THREADS = """
 import os, signal, sys, threading
-from megacell.geneformer.batches import BatchStream
-from megacell.geneformer.loader import NAME
-from megacell.geneformer.training.run import Run
-from megacell.store.cli import main
+from megacell.store.sampling.batch_stream import BatchStream
+from megacell.store.sampling.prefetched import NAME
+from megacell.training.run.run import Run
+from megacell.core.cli.main import main
 
 after_step, make = Run.after_step, BatchStream.step
 

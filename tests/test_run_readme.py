@@ -11,8 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 from runs import Command, fine
 
-from megacell.geneformer.training import run_readme
-from megacell.store.cli import build_parser
+from megacell.core.cli.main import build_parser
+from megacell.training.run import run_readme
 
 
 def commands(run) -> list[list[str]]:
@@ -36,7 +36,7 @@ def test_a_run_says_how_it_was_made(copies, store):
 
 
 def test_every_command_that_a_run_names_is_one(copies):
-    from megacell.geneformer.training.settings import compose
+    from megacell.training.config.settings import compose
 
     run, _ = copies
     named = [words for words in commands(run) if words[0] == "megacell"]

@@ -12,8 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 from runs import TINY, WAIT, metrics
 
-from megacell.geneformer.training import loggers
-from megacell.store.errors import UsageError
+from megacell.core.errors import UsageError
+from megacell.training.run import loggers
 
 BLOCK = (
     32 * 1024
@@ -43,7 +43,7 @@ def records(folder: Path) -> Iterator:
 
 def train(run: Path, *settings: str) -> None:
     own = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "megacell.store.cli", "pretrain", f"out={run}", *settings]
+    command = [sys.executable, "-m", "megacell", "pretrain", f"out={run}", *settings]
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 0, done.stdout + done.stderr
 

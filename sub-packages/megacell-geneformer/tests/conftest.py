@@ -97,7 +97,7 @@ def dictionaries(data):
 @pytest.fixture(scope="session")
 def published(dictionaries):
     """The vocabularies imported from them."""
-    from megacell.geneformer.geneformer_pickles import import_geneformer
+    from megacell.geneformer.vocabulary.geneformer_dictionaries import import_geneformer
 
     return {edition: import_geneformer(**paths) for edition, paths in dictionaries.items()}
 
@@ -143,7 +143,7 @@ def made_up():
 @pytest.fixture(scope="session")
 def vocabulary_for():
     """Make a vocabulary of n genes: ENSG00000000000 …, medians given or all different."""
-    from megacell.geneformer.vocabulary import Vocabulary
+    from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 
     def make(genes=20, medians=None, specials=("pad", "mask", "cls", "eos"), max_length=64, **changes):
         tokens = {name: number for number, name in enumerate(specials)}
@@ -169,8 +169,8 @@ def model_for():
     from omegaconf import OmegaConf
 
     from megacell.geneformer.model.config import ModelConfig
-    from megacell.geneformer.model.init import initialise
-    from megacell.geneformer.training.module import GeneformerModel
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
+    from megacell.training.nn.weights import initialise
 
     def make(vocabulary, provenance=None, **sizes):
         network = {"layers": 3, "hidden": 32, "ffn": 64, "heads": 4, "max_length": vocabulary.max_length,

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megacell.geneformer import tokenize as module
-from megacell.geneformer.vocabulary import Vocabulary
+from megacell.geneformer.tokens import tokenize as module
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore
 
 STEPS = ("replace", "rename", "fsync", "unlink", "mkdir")  # of os, on disk; and every record batch

@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megacell.geneformer.interchange import archive, hugging_face, nemo
+from megacell.core.cli import main as cli
+from megacell.core.errors import DataError, MegacellError
+from megacell.geneformer.interchange import hugging_face
 from megacell.geneformer.interchange.open import check_fit, open_model
-from megacell.geneformer.training.module import GeneformerModel
-from megacell.store import cli
-from megacell.store.errors import DataError, MegacellError
+from megacell.geneformer.model.geneformer_model import GeneformerModel
+from megacell.training.interchange import nemo
+from megacell.training.interchange import safe_archive as archive
 
 CONFIG, WEIGHTS = "./model_config.yaml", "./model_weights.ckpt"
 RUN = "/tmp/megacell-was-here"

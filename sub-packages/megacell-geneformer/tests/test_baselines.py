@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacell.geneformer.baselines import RANK_BINS, TokenFrequency, frequency_log_prior
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.geneformer.baselines.frequency import RANK_BINS, TokenFrequency, frequency_log_prior
 
 SIZE = 9
 GENES = np.array([2, 4, 5, 6, 8])  # 0, 1, 3 and 7 are specials

@@ -6,12 +6,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megacell.geneformer.batches import BatchStream
-from megacell.geneformer.lengths import token_lengths
-from megacell.geneformer.masking import MaskSettings
-from megacell.geneformer.packing import Packer
-from megacell.geneformer.ranking import RankEncoder, rank_encode
-from megacell.store.errors import DataError, UsageError
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.tokens.lengths import token_lengths
+from megacell.geneformer.tokens.masking import MaskSettings
+from megacell.geneformer.tokens.packing import Packer
+from megacell.geneformer.tokens.rank_encoder import RankEncoder, rank_encode
+from megacell.store.sampling.batch_stream import BatchStream
 
 
 @pytest.fixture

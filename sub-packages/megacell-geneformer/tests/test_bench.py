@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from megacell.geneformer import bench
-from megacell.geneformer.bench_references import References
-from megacell.store import cli
-from megacell.store.errors import DataError
+from megacell.core.cli import main as cli
+from megacell.core.errors import DataError
+from megacell.geneformer.bench import batches as bench
+from megacell.geneformer.bench.batches_references import References
 
 
 @pytest.fixture(scope="module")

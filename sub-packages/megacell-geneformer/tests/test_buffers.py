@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megacell.geneformer.buffers import SLAB, Pool, WorkingRoom
-from megacell.geneformer.vector_sort import sort_address, sort_keys
+from megacell.core.buffers import SLAB, Pool, WorkingRoom
+from megacell.core.vector_sort import sort_address, sort_keys
 
 
 class TestPool:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from megacell.core.errors import UsageError
 from megacell.geneformer.model.bert import PackedBert
-from megacell.geneformer.model.config import Layout, ModelConfig
-from megacell.geneformer.training import device, settings
-from megacell.geneformer.training.engine import schedule
-from megacell.store.errors import UsageError
+from megacell.geneformer.model.config import ModelConfig
+from megacell.training.config import settings
+from megacell.training.distributed import device
+from megacell.training.engine import schedule
+from megacell.training.nn.layout import Layout
 
 GROUPS = {group: sorted(p.stem for p in (settings.config_dir() / group).glob("*.yaml"))
           for group in ("model", "optim", "experiment")}  # fmt: skip

@@ -10,9 +10,9 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacell.geneformer.count_arithmetic import ArithmeticSettings, CountArithmetic
-from megacell.geneformer.count_decoding import MAX_RANDOM_RUN, decode_counts
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.geneformer.baselines.count_arithmetic import ArithmeticSettings, CountArithmetic
+from megacell.geneformer.baselines.count_decoding import MAX_RANDOM_RUN, decode_counts
 
 OFFSET = 4  # specials before the genes
 DEFAULTS = ArithmeticSettings()

@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from megacell.geneformer import doctor
-from megacell.geneformer.doctor import Gpu, Torch
-from megacell.store.cli import main
+from megacell.core.cli.main import main
+from megacell.training.commands import doctor
+from megacell.training.commands.doctor import Gpu, Torch
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 79 * 2**30)
 V100 = Gpu("Tesla V100", (7, 0), 16 * 2**30, 15 * 2**30)
@@ -56,8 +56,8 @@ def test_a_gpu_is_named_with_its_memory_and_an_old_one_has_no_bf16():
 def test_what_a_run_takes_is_what_the_model_would_choose(gpus, device, advice):
     import torch
 
-    from megacell.geneformer.model.backends import choose_backend
-    from megacell.geneformer.model.fusion import missing_to_compile
+    from megacell.training.nn.attention_backends import choose_backend
+    from megacell.training.nn.fusion import missing_to_compile
 
     found = {finding.name: finding.value for finding in doctor.choices(Torch("2.13.0", gpus=gpus))}
     where = torch.device(device.split(":")[0])
@@ -114,7 +114,7 @@ def test_torch_that_cannot_be_imported_is_one_line(monkeypatch):
 
 def test_quick_imports_neither_torch_nor_megatron(tmp_path):
     code = (
-        "import sys; from megacell.store.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from megacell.core.cli.main import main; code = main(sys.argv[1:]); "
         "print({'torch', 'megatron', 'nemo', 'lightning'} & set(sys.modules), file=sys.stderr); sys.exit(code)"
     )
     words = [sys.executable, "-c", code, "doctor", "--quick", "--json", "--path", tmp_path]

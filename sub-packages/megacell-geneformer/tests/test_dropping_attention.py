@@ -10,8 +10,8 @@ import torch
 from scipy.stats import binom
 from test_masking import philox_in_python
 
-from megacell.geneformer.model import dropping_attention
-from megacell.geneformer.model.dropping_attention import attend_dropping
+from megacell.training.nn import cpu_attention as dropping_attention
+from megacell.training.nn.cpu_attention import attend_dropping
 
 BOUNDS = [0, 1, 8, 8, 530, 547]  # a cell of one token, one without any, and one of more than are drawn at once
 HEADS, SIZE = 2, 4

@@ -6,11 +6,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from megacell.geneformer import embed, rank_encode
-from megacell.geneformer.embed import Embedder
+from megacell.core.errors import UsageError
+from megacell.geneformer import rank_encode
+from megacell.geneformer.embedding import embedder as embed
+from megacell.geneformer.embedding.embedder import Embedder
 from megacell.geneformer.model.bert import Pack
-from megacell.geneformer.training import device
-from megacell.store.errors import UsageError
+from megacell.training.distributed import device
 
 GENES = 100
 

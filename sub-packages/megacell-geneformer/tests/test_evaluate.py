@@ -11,20 +11,20 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from megacell.geneformer.evaluate import PREDICTORS, Evaluation, evaluate
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.evaluation.evaluate import PREDICTORS, Evaluation, evaluate
 from megacell.geneformer.interchange import hugging_face
-from megacell.geneformer.interchange.nemo import save
 from megacell.geneformer.interchange.open import open_model
-from megacell.geneformer.masking import MaskSettings
 from megacell.geneformer.model.bert import Pack
-from megacell.geneformer.split import SplitSettings, split_cells
-from megacell.geneformer.tokenize import tokenize
-from megacell.geneformer.training import device
-from megacell.geneformer.training.data import TrainingData, fit_frequencies, frequency_losses
-from megacell.geneformer.training.recorded import store_record
-from megacell.geneformer.vocabulary_build import build_vocabulary
+from megacell.geneformer.pretraining.data import TrainingData, fit_frequencies, frequency_losses
+from megacell.geneformer.tokens.masking import MaskSettings
+from megacell.geneformer.tokens.tokenize import tokenize
+from megacell.geneformer.vocabulary.build import build_vocabulary
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
+from megacell.store.sampling.split import SplitSettings, split_cells
+from megacell.training.distributed import device
+from megacell.training.interchange.nemo import save
+from megacell.training.run.recorded import store_record
 
 CELLS, GENES, BATCH, SEED = 80, 300, 8, 3
 EVERY_CELL = {"where": None, "exclude": None, "balance": None, "order": "shuffled"}

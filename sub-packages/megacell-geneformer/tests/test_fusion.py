@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from megacell.geneformer.model import fusion
+from megacell.core.errors import UsageError
 from megacell.geneformer.model.bert import Pack, PackedBert
-from megacell.geneformer.model.config import Layout, ModelConfig
-from megacell.geneformer.model.init import initialise
-from megacell.geneformer.training import device
-from megacell.store.errors import UsageError
+from megacell.geneformer.model.config import ModelConfig
+from megacell.training.distributed import device
+from megacell.training.nn import fusion
+from megacell.training.nn.layout import Layout
+from megacell.training.nn.weights import initialise
 
 SIZES = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 4, "max_length": 64, "vocabulary_size": 104,
          "attention_dropout": 0.0, "layernorm_epsilon": 1e-12, "init_std": 0.02, "scaled_init": True}  # fmt: skip

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from megacell.geneformer import Geneformer, embed_file, embedding_file, rank_encode
-from megacell.geneformer.embed import Embedder
-from megacell.geneformer.interchange import nemo
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer import Geneformer, embed_file, rank_encode
+from megacell.geneformer.embedding import files as embedding_file
+from megacell.geneformer.embedding.embedder import Embedder
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
+from megacell.training.interchange import nemo
 
 GENES, CELLS, EMPTY = 120, 50, 7
 GIVEN = {"allow_subset": True}
@@ -131,7 +132,7 @@ def test_an_unknown_level_is_refused(model, cells):
 def written(cells, tmp_path, monkeypatch):
     path = tmp_path / "cells.h5ad"
     cells.write_h5ad(path)
-    monkeypatch.setattr("megacell.geneformer.embed_inputs.ROWS_AT_ONCE", 8)
+    monkeypatch.setattr("megacell.geneformer.embedding.inputs.ROWS_AT_ONCE", 8)
     return path
 
 

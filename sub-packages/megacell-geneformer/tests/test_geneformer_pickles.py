@@ -9,9 +9,9 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from megacell.geneformer.geneformer_pickles import import_geneformer, read_dictionary
-from megacell.geneformer.published import PUBLISHED_FILES
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.geneformer.vocabulary.geneformer_dictionaries import import_geneformer, read_dictionary
+from megacell.geneformer.vocabulary.published import PUBLISHED_FILES
 
 KINDS = {"tokens": int, "medians": float, "gene_ids": str, "symbols": str}
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hugging import BOTH, VOCABULARY, cells_of, theirs
 
-from megacell.geneformer.embed import hidden_states
 from megacell.geneformer.interchange.hugging_face import to_ours
 from megacell.geneformer.model.bert import PackedBert
-from megacell.geneformer.model.config import Layout, ModelConfig
-from megacell.geneformer.model.init import copy_whole
-from megacell.geneformer.training import device
+from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.states import hidden_states
+from megacell.training.distributed import device
+from megacell.training.nn.layout import Layout
+from megacell.training.nn.weights import copy_whole
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,15 +13,15 @@ import torch
 from hugging import BOTH, VOCABULARY, cells_of, theirs
 from safetensors.torch import load_file, save_file
 
-from megacell.geneformer.embed import hidden_states
-from megacell.geneformer.geneformer_pickles import import_geneformer
-from megacell.geneformer.interchange import hugging_face, nemo
+from megacell.core.errors import DataError, MegacellError, UsageError
+from megacell.geneformer.interchange import hugging_face
 from megacell.geneformer.interchange.open import check_fit, load_into, open_model
-from megacell.geneformer.model.attention import attention_maps
 from megacell.geneformer.model.config import ModelConfig
-from megacell.geneformer.model.init import copy_whole
-from megacell.geneformer.training import device
-from megacell.store.errors import DataError, MegacellError, UsageError
+from megacell.geneformer.model.states import attention_maps, hidden_states
+from megacell.geneformer.vocabulary.geneformer_dictionaries import import_geneformer
+from megacell.training.distributed import device
+from megacell.training.interchange import nemo
+from megacell.training.nn.weights import copy_whole
 
 transformers = pytest.importorskip("transformers")
 KINDS = {

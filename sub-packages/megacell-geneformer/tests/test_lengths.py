@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 
-from megacell.geneformer import lengths as module
-from megacell.geneformer.lengths import token_lengths
-from megacell.geneformer.ranking import RankEncoder, rank_encode
+from megacell.geneformer.tokens import lengths as module
+from megacell.geneformer.tokens.lengths import token_lengths
+from megacell.geneformer.tokens.rank_encoder import RankEncoder, rank_encode
 
 
 @pytest.mark.parametrize("edition", ["V1", "V2"])

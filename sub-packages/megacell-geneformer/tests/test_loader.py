@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from megacell.geneformer.batches import BatchStream
-from megacell.geneformer.lengths import token_lengths
-from megacell.geneformer.loader import NAME, Prefetched
-from megacell.geneformer.order import BlockShuffled, Shuffled, Weighted
-from megacell.store.errors import DataError, UsageError
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.tokens.lengths import token_lengths
+from megacell.store.sampling.batch_stream import BatchStream
+from megacell.store.sampling.order import BlockShuffled, Shuffled, Weighted
+from megacell.store.sampling.prefetched import NAME, Prefetched
 
 THREADS = (0, 1, 4)
 

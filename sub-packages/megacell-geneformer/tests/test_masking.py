@@ -9,16 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, chisquare
 
-from megacell.geneformer.masking import (
-    ORDER,
-    TRAINING,
-    VALIDATION,
-    MaskSettings,
-    mask_cells,
-    philox_words,
-    stream_key,
-)
-from megacell.store.errors import UsageError
+from megacell.core.errors import UsageError
+from megacell.core.rng import ORDER, TRAINING, VALIDATION, philox_words, stream_key
+from megacell.geneformer.tokens.masking import MaskSettings, mask_cells
 
 SPECIALS, GENES = (0, 1, 2, 3), np.arange(5, 205, 2, dtype=np.int32)  # gaps: a token is not a gene because of its size
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megacell.geneformer.medians import CellsOf, gene_medians, medians_over
-from megacell.geneformer.split import SplitSettings, split_cells
-from megacell.geneformer.vocabulary_build import build_vocabulary
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.geneformer.vocabulary.build import build_vocabulary
+from megacell.geneformer.vocabulary.medians import CellsOf, gene_medians, medians_over
+from megacell.store.sampling.split import SplitSettings, split_cells
 
 
 def medians_by_numpy(counts, cells=slice(None), least=1):

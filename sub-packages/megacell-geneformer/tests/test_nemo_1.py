@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from hugging import cells_of
 
-from megacell.geneformer.bionemo_dictionaries import import_bionemo, is_bionemo, read_tokens
-from megacell.geneformer.embed import hidden_states
-from megacell.geneformer.interchange import hugging_face, nemo
+from megacell.core.errors import DataError, MegacellError, UsageError
+from megacell.geneformer.interchange import hugging_face
 from megacell.geneformer.interchange.open import open_model
-from megacell.geneformer.training import device
-from megacell.store.errors import DataError, MegacellError, UsageError
+from megacell.geneformer.model.states import hidden_states
+from megacell.geneformer.vocabulary.bionemo_dictionaries import import_bionemo, is_bionemo, read_tokens
+from megacell.training.distributed import device
+from megacell.training.interchange import nemo
 
 GENES, HIDDEN, FFN, HEADS, LAYERS, LENGTH, PADDED = 98, 32, 64, 4, 3, 64, 128
 SPECIALS = ["[CLS]", "[MASK]", "[PAD]", "[SEP]", "[UKW]"]

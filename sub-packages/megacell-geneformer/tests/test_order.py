@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacell.geneformer.order import global_batch, micro_batches, permuted, share_out
+from megacell.store.sampling.order import global_batch, permuted
+from megacell.store.sampling.sharing import micro_batches, share_out
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**33))

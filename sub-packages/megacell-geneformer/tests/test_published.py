@@ -6,11 +6,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megacell.geneformer import published as module
-from megacell.geneformer.published import PUBLISHED_FILES, fetch_geneformer
-from megacell.geneformer.vocabulary import Vocabulary
-from megacell.store import cli
-from megacell.store.errors import DataError, UsageError
+from megacell.core.cli import main as cli
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.vocabulary import published as module
+from megacell.geneformer.vocabulary.published import PUBLISHED_FILES, fetch_geneformer
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 
 
 class Server:

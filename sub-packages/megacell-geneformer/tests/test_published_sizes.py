@@ -9,9 +9,11 @@ from omegaconf import OmegaConf
 from megacell.geneformer.interchange import hugging_face
 from megacell.geneformer.interchange.hugging_face import to_ours
 from megacell.geneformer.model.bert import PackedBert
-from megacell.geneformer.model.config import Layout, ModelConfig
-from megacell.geneformer.model.init import copy_whole
-from megacell.geneformer.training import device, settings
+from megacell.geneformer.model.config import ModelConfig
+from megacell.training.config import settings
+from megacell.training.distributed import device
+from megacell.training.nn.layout import Layout
+from megacell.training.nn.weights import copy_whole
 
 transformers = pytest.importorskip("transformers")
 NAMES = sorted(p.stem for p in (settings.config_dir() / "model").glob("*.yaml") if p.stem != "tiny")

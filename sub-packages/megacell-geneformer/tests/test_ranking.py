@@ -10,11 +10,11 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacell.geneformer.pair_numbers import MOST_OTHERS, NEAR, PLACE_BITS, number_pairs
-from megacell.geneformer.ranking import RankEncoder, RowsOfStore, rank_encode
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.tokens.pair_numbers import MOST_OTHERS, NEAR, PLACE_BITS, number_pairs
+from megacell.geneformer.tokens.rank_encoder import RankEncoder, RowsOfStore, rank_encode
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
-from megacell.store.gather import POSITIONS
+from megacell.store.read.gather import POSITIONS
 
 # A peer that normalises in float32 gives another order in a few cells of a thousand (values that differ become ties,
 # and ties come apart): such an order is no oracle here.

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megacell.geneformer import cell_sets
-from megacell.geneformer.batches import BatchStream
-from megacell.geneformer.cell_sets import CellSet, choose_cells
-from megacell.geneformer.lengths import token_lengths
-from megacell.geneformer.order import BlockShuffled, Shuffled, Weighted, global_batch
-from megacell.store.errors import DataError, UsageError
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.tokens.lengths import token_lengths
+from megacell.store.sampling import cell_set as cell_sets
+from megacell.store.sampling.batch_stream import BatchStream
+from megacell.store.sampling.cell_set import CellSet, choose_cells
+from megacell.store.sampling.order import BlockShuffled, Shuffled, Weighted, global_batch
 
 
 class TestCellSet:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacell.geneformer.split import SplitSettings, split_cells
-from megacell.store.errors import DataError, UsageError
+from megacell.core.errors import DataError, UsageError
+from megacell.store.sampling.split import SplitSettings, split_cells
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megacell.geneformer.batches import BatchStream
-from megacell.geneformer.lengths import token_lengths
-from megacell.geneformer.split import SplitSettings, split_cells
-from megacell.geneformer.token_folder import TokenFolder, open_cells
-from megacell.geneformer.tokenize import tokenize
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.geneformer.tokens.lengths import token_lengths
+from megacell.geneformer.tokens.token_dataset import TokenFolder, open_cells
+from megacell.geneformer.tokens.tokenize import tokenize
+from megacell.store.sampling.batch_stream import BatchStream
+from megacell.store.sampling.split import SplitSettings, split_cells
 
 
 def write(folder, rows, kind=None):

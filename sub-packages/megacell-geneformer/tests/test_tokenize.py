@@ -13,11 +13,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from megacell.geneformer import tokenize as module
-from megacell.geneformer.ranking import rank_encode
-from megacell.geneformer.tokenize import tokenize
-from megacell.store import cli, convert
-from megacell.store.errors import DataError, UsageError
+from megacell.core.cli import main as cli
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.tokens import tokenize as module
+from megacell.geneformer.tokens.rank_encoder import rank_encode
+from megacell.geneformer.tokens.tokenize import tokenize
+from megacell.store import convert
 
 
 def read(folder):

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from megacell.geneformer.split import SplitSettings, split_cells
-from megacell.geneformer.token_folder import TokenFolder
-from megacell.geneformer.tokenize import tokenize
-from megacell.geneformer.training.data import TrainingData, fit_frequencies, frequency_losses
-from megacell.geneformer.training.recorded import open_recorded, store_record
-from megacell.geneformer.training.settings import compose
-from megacell.geneformer.vocabulary import Vocabulary
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.pretraining.data import TrainingData, fit_frequencies, frequency_losses
+from megacell.geneformer.tokens.token_dataset import TokenFolder
+from megacell.geneformer.tokens.tokenize import tokenize
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
+from megacell.store.sampling.split import SplitSettings, split_cells
+from megacell.training.config.settings import compose
+from megacell.training.run.recorded import open_recorded, store_record
 
 BY_CELL = ("data.split.by=cell", "data.split.holdout=0.1")
 

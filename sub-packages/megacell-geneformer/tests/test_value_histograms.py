@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megacell.geneformer import histogram_file
-from megacell.geneformer.histogram_file import NAME, Counted
-from megacell.geneformer.medians import gene_medians
-from megacell.geneformer.split import SplitSettings
-from megacell.geneformer.value_histograms import MEDIAN_ERROR, Histograms
-from megacell.geneformer.vocabulary import FILES, Vocabulary
-from megacell.geneformer.vocabulary_build import TrainingCells, build_exactly
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.geneformer.vocabulary import histogram_file
+from megacell.geneformer.vocabulary.build import TrainingCells, build_exactly
+from megacell.geneformer.vocabulary.histogram_file import NAME, Counted
+from megacell.geneformer.vocabulary.histograms import MEDIAN_ERROR, Histograms
+from megacell.geneformer.vocabulary.medians import gene_medians
+from megacell.geneformer.vocabulary.vocabulary import FILES, Vocabulary
+from megacell.store.sampling.split import SplitSettings
 
 ROUNDING = 1 + 2.0**-50
 
@@ -224,7 +224,7 @@ def test_a_failed_write_leaves_nothing(saved, tmp_path, monkeypatch):
 
 def test_a_killed_write_leaves_no_vocabulary(saved, tmp_path):
     code = (
-        "import os, signal, sys; from megacell.geneformer.vocabulary import Vocabulary\n"
+        "import os, signal, sys; from megacell.geneformer.vocabulary.vocabulary import Vocabulary\n"
         "def die(folder):\n"
         "    (folder / 'histograms.parquet').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
         "Vocabulary.open(sys.argv[1]).save(sys.argv[2], die)"

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from megacell.geneformer import vocabulary as vocabulary_module
-from megacell.geneformer.ranking import rank_encode
-from megacell.geneformer.vocabulary import Vocabulary, check_coverage
-from megacell.store.errors import DataError, UsageError
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.tokens.rank_encoder import rank_encode
+from megacell.geneformer.vocabulary import vocabulary as vocabulary_module
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary, check_coverage
 
 
 @pytest.mark.parametrize("edition", ["V1", "V2"])
@@ -164,7 +164,7 @@ class TestTokensOfGenes:
         assert vocabulary_for(symbols=symbols).tokens_of(["TWICE", "ONCE", ""]).tolist() == [-1, 6, -1]
 
     def test_v2_takes_the_genes_that_geneformers_own_map_takes(self, published, dictionaries):
-        from megacell.geneformer.geneformer_pickles import read_dictionary
+        from megacell.geneformer.vocabulary.geneformer_dictionaries import read_dictionary
 
         mapping = read_dictionary(dictionaries["V2"]["gene_ids"], str)
         tokens = read_dictionary(dictionaries["V2"]["tokens"], int)

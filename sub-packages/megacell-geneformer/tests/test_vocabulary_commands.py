@@ -7,11 +7,11 @@ import sys
 import anndata
 import pytest
 
-from megacell.geneformer.split import SplitSettings
-from megacell.geneformer.vocabulary import Vocabulary
-from megacell.geneformer.vocabulary_build import MIN_CELLS
-from megacell.store.cli import build_parser
-from megacell.store.errors import DataError, UsageError
+from megacell.core.cli.main import build_parser
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.vocabulary.build import MIN_CELLS
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
+from megacell.store.sampling.split import SplitSettings
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_an_existing_path_is_refused_before_any_work(action, megacell, tmp_path)
 def test_importing_the_package_and_its_commands_stays_light():
     """`megacell --help` imports this; numba, pandas and torch take seconds."""
     code = (
-        "import sys, megacell.geneformer, megacell.geneformer.commands as c; dir(megacell.geneformer); "
+        "import sys, megacell.geneformer, megacell.geneformer.commands.register as c; dir(megacell.geneformer); "
         "print(sorted({'torch', 'nemo', 'numba', 'numpy', 'pandas', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megacell.geneformer.histogram_file import Counted
-from megacell.geneformer.split import SplitSettings, split_cells
-from megacell.geneformer.value_histograms import MEDIAN_ERROR, Histograms
-from megacell.geneformer.vocabulary import Vocabulary
-from megacell.geneformer.vocabulary_build import TrainingCells, build_exactly, build_vocabulary
-from megacell.geneformer.vocabulary_merge import build_after, merge_vocabularies
+from megacell.core.errors import DataError, UsageError
+from megacell.geneformer.vocabulary.build import TrainingCells, build_exactly, build_vocabulary
+from megacell.geneformer.vocabulary.histogram_file import Counted
+from megacell.geneformer.vocabulary.histograms import MEDIAN_ERROR, Histograms
+from megacell.geneformer.vocabulary.merge import build_after, merge_vocabularies
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
+from megacell.store.sampling.split import SplitSettings, split_cells
 
 BY_CELL = SplitSettings(by="cell")
 

@@ -30,11 +30,12 @@ import scipy.sparse as sp
 from damages import OF_ANY, OF_BYTES, OF_SPARSE, structural
 from layouts import make_anndata, make_counts, sparse, write_loom, write_mtx, write_tenx_h5, write_zarr
 
-from megacell.store import guard, progress
-from megacell.store.cells import CellStore
-from megacell.store.cli import main
-from megacell.store.executors import prepare
-from megacell.store.verify import verify
+from megacell.core import progress
+from megacell.core.cli.main import main
+from megacell.store.conversion.warm_up import prepare
+from megacell.store.format.verify import verify
+from megacell.store.processes import watchdog as guard
+from megacell.store.read.cell_store import CellStore
 
 CELLS, GENES, LIMIT = 40, 120, 300  # and seconds after which a child hangs, on a machine however busy
 IDS = [f"ENSG{i:011d}" for i in range(GENES)]

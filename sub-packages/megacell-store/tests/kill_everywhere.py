@@ -19,14 +19,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from megacell.store.cells import CellStore
-from megacell.store.compaction import compact
-from megacell.store.conversion import convert
-from megacell.store.durable import hash_file
-from megacell.store.errors import MegacellError
-from megacell.store.executors import prepare
+from megacell.core.errors import MegacellError
+from megacell.core.files import hash_file
+from megacell.store.conversion.conversion import convert
+from megacell.store.conversion.warm_up import prepare
+from megacell.store.format.verify import verify
+from megacell.store.maintain.compaction import compact
+from megacell.store.read.cell_store import CellStore
 from megacell.store.sources import choice
-from megacell.store.verify import verify
 
 STEPS = ("replace", "rename", "fsync", "link", "unlink", "mkdir", "rmdir")
 OPTIONS = {"allow_subset": True, "shard_bytes": 8_000, "neighbours": "distances"}

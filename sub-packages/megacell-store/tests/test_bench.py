@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from megacell.store import CellStore, convert
-from megacell.store.bench import bench_read, numpy_slices, stored_slices
+from megacell.store.commands.bench_read import bench_read, numpy_slices, stored_slices
 
 
 @pytest.fixture

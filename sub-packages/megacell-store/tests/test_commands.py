@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 from sklearn.neighbors import kneighbors_graph
 
-from megacell.store import CellStore, cli
+from megacell.core.cli import main as cli
+from megacell.store import CellStore
 
 
 @pytest.fixture
 def megacell(monkeypatch, capsys):
     """A function that runs the command line and returns exit code, output and errors."""
-    point = EntryPoint("store", "megacell.store.commands:register", cli.COMMANDS)
+    point = EntryPoint("store", "megacell.store.commands.register:register", cli.COMMANDS)
     monkeypatch.setattr(cli, "entry_points", lambda group: [point])
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -118,7 +119,7 @@ def test_bad_data_exits_1_in_one_line(megacell, command, tmp_path):
 
 def test_help_shows_an_example_and_imports_nothing_slow():
     code = (
-        "import sys, argparse; from megacell.store.commands import register; parser = argparse.ArgumentParser();"
+        "import sys, argparse; from megacell.store.commands.register import register; parser = argparse.ArgumentParser();"
         "register(parser.add_subparsers());\ntry: parser.parse_args(['convert', '--help'])\nexcept SystemExit: pass\n"
         "print([m for m in ('numpy', 'pandas', 'numba', 'torch', 'anndata', 'rich') if m in sys.modules])"
     )

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 from sklearn.neighbors import kneighbors_graph
 
-from megacell.store import CellStore, compact, compaction, convert
-from megacell.store.errors import DataError, UsageError
-from megacell.store.manifest import Manifest
-from megacell.store.verify import verify
+from megacell.core.errors import DataError, UsageError
+from megacell.store import CellStore, compact, convert
+from megacell.store.format.manifest import Manifest
+from megacell.store.format.verify import verify
+from megacell.store.maintain import compaction
 
 ALLOWED = {"allow_subset": True, "allow_low_counts": True}
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

@@ -9,10 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from megacell.store import CellStore, conversion, convert, durable
-from megacell.store.errors import DataError
-from megacell.store.lock import NAME as LOCK
-from megacell.store.verify import verify
+from megacell.core import files as durable
+from megacell.core.errors import DataError
+from megacell.store import CellStore, convert
+from megacell.store.conversion import conversion
+from megacell.store.format.lock import NAME as LOCK
+from megacell.store.format.verify import verify
 
 ALLOWED = {"allow_subset": True}
 PATH = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -31,7 +33,7 @@ import resource, sys
 from megacell.store import commands, conversion
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 import argparse
-from megacell.store.cli import main
+from megacell.core.cli.main import main
 sys.exit(main(["convert", {str(new)!r}, "--out", {str(store)!r}, "--allow-subset"] + ["--append"] * {append}))
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=PATH, check=False)
@@ -67,7 +69,7 @@ def test_an_error_after_the_commit_harms_nothing(counts, made, save, tmp_path, m
         if path.name == "manifest.json":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("megacell.store.manifest.write_whole", interrupted)
+    monkeypatch.setattr("megacell.store.format.manifest.write_whole", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(save(made.counts(20, 300, seed=3), "new.h5ad"), store, append=True, **ALLOWED)
     assert verify(store).damages == []

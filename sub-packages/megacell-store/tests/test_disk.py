@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from megacell.core.errors import DataError
 from megacell.store import convert
-from megacell.store.errors import DataError
-from megacell.store.shard import ShardWriter
+from megacell.store.format.shard import ShardWriter
 
 ALLOWED = {"allow_subset": True}
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -35,8 +35,8 @@ needs_mount = pytest.mark.skipif(not can_mount(), reason="this system lets no us
 FULL = """
 import contextlib, io, json, os, sys
 from pathlib import Path
-from megacell.store.cli import main
-from megacell.store.durable import hash_file
+from megacell.core.cli.main import main
+from megacell.core.files import hash_file
 
 folder, append, every = Path(sys.argv[1]), sys.argv[2] == "append", int(sys.argv[3])
 disk, store = folder / "disk", folder / "disk" / "store"
@@ -95,8 +95,8 @@ READ_ONLY = """
 import sys
 from pathlib import Path
 from megacell.store import CellStore
-from megacell.store.cli import main
-from megacell.store.verify import verify
+from megacell.core.cli.main import main
+from megacell.store.format.verify import verify
 
 folder = Path(sys.argv[1])
 store = CellStore.open(folder / "disk/store")
@@ -141,7 +141,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(change, counts, save, t
             CHANGES[change](path)
 
     monkeypatch.setattr(ShardWriter, "add", add)
-    monkeypatch.setattr("megacell.store.sources.h5_matrix.VALUES", 2000)  # several blocks
+    monkeypatch.setattr("megacell.store.format.blocks.VALUES", 2000)  # several blocks
     with pytest.raises(DataError, match=r"made\.h5ad: (changed while it was read|.*cannot be read)"):
         convert(path, tmp_path / "store", **ALLOWED)
     assert not (tmp_path / "store").exists()

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megacell.store import findings, machine
-from megacell.store.cli import main
-from megacell.store.findings import Finding
+from megacell.core import findings, machine
+from megacell.core.cli.main import main
+from megacell.core.findings import Finding
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from sklearn.neighbors import kneighbors_graph
 
 from megacell.store import CellStore, convert
-from megacell.store.manifest import Manifest
+from megacell.store.format.manifest import Manifest
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "format.md"
 

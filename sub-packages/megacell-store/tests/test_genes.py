@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from megacell.core.errors import DataError, UsageError
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
-from megacell.store.genes import GeneTable, read_features, symbol_map
+from megacell.store.format.gene_table import GeneTable
+from megacell.store.sources.features import read_features, symbol_map
 
 ALLOWED = {"allow_subset": True}
 ENSEMBL = [f"ENSG{i:011d}" for i in range(6)]

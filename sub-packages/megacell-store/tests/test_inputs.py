@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import FORMATS
 
+from megacell.core.errors import DataError, UsageError
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
-from megacell.store.sources import h5_matrix
+from megacell.store.sources import matrix as h5_matrix
 from megacell.store.sources.source import open_source
 
 ALLOWED = {"allow_subset": True}

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from sklearn.neighbors import kneighbors_graph
 
+from megacell.core.files import hash_file
 from megacell.store import CellStore, convert
-from megacell.store.durable import hash_file
 
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 EXHAUSTIVE = pytest.mark.exhaustive

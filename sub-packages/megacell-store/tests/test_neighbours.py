@@ -12,10 +12,11 @@ from graph_files import ALLOWED, NAMES, assert_same_graph, knn, with_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacell.store import CellStore, conversion, convert
-from megacell.store.errors import DataError, UsageError
-from megacell.store.manifest import Manifest
-from megacell.store.verify import verify
+from megacell.core.errors import DataError, UsageError
+from megacell.store import CellStore, convert
+from megacell.store.conversion import conversion
+from megacell.store.format.manifest import Manifest
+from megacell.store.format.verify import verify
 
 LAYOUTS = {
     "csr": sp.csr_matrix,

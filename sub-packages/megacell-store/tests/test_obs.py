@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
+from megacell.core.errors import DataError
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError
 
 NAMES = [f"c{i}" for i in range(60)]
 
@@ -125,7 +125,7 @@ def test_repeated_cell_names_and_numbers_as_names_are_kept(store_of):
 
 
 def test_too_many_categories_become_text(store_of, monkeypatch):
-    monkeypatch.setattr("megacell.store.obs.MOST_CATEGORIES", 10)
+    monkeypatch.setattr("megacell.store.format.obs.MOST_CATEGORIES", 10)
     obs = frame(barcode=[f"b{i}" for i in range(60)])
     obs["barcode"] = obs["barcode"].astype("category")
     found = store_of(obs).obs["barcode"]

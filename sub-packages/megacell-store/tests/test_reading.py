@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from megacell.core.buffers import RowBuffer
+from megacell.core.errors import DataError, UsageError
 from megacell.store import CellStore, convert
-from megacell.store.duplicates import count_pairs
-from megacell.store.errors import DataError, UsageError
-from megacell.store.gather import RowBuffer
-from megacell.store.overlap import Overlap, overlap
+from megacell.store.read.duplicates import count_pairs
+from megacell.store.read.overlap import Overlap, overlap
 from megacell.store.shuffle import BlockShuffle, mixing
 
 ALLOWED = {"allow_subset": True}
@@ -154,7 +154,7 @@ def test_pairs_of_sources_are_counted_as_one_by_one(made):
 
 
 def test_copies_are_found_whatever_is_sorted_at_once(store, counts, made, save, tmp_path, monkeypatch):
-    from megacell.store import duplicates
+    from megacell.store.read import duplicates
 
     path = save(np.vstack([counts[:9], made.counts(30, 300, seed=2)]), "b.h5ad")
     convert(path, store.path, append=True, **ALLOWED)

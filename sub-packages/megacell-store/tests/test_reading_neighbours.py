@@ -11,9 +11,9 @@ import pytest
 import scipy.sparse as sp
 from graph_files import ALLOWED, NAMES, assert_same_graph, with_graphs
 
+from megacell.core.errors import DataError, UsageError
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
-from megacell.store.verify import verify
+from megacell.store.format.verify import verify
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from megacell.core.errors import DataError
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError
 
 
 @pytest.fixture(scope="module")

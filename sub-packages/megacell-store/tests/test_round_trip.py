@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megacell.store import CellStore, convert
-from megacell.store.sources import h5_matrix
-from megacell.store.sources.h5ad import open_h5ad
+from megacell.store.sources import matrix as h5_matrix
+from megacell.store.sources.source import open_source
 
 
 @dataclass
@@ -124,7 +124,7 @@ def test_every_layout_gives_back_its_counts(made, layout):
 def test_a_source_gives_its_blocks_in_the_files_order(layout, rows):
     with TemporaryDirectory() as folder:
         ids = write(layout, Path(folder) / "made.h5ad")
-        with open_h5ad(Path(folder) / "made.h5ad", layout.place) as source:
+        with open_source(Path(folder) / "made.h5ad", layout.place) as source:
             blocks = list(source.blocks(rows))
             assert list(source.gene_ids) == ids
         assert all(block.shape[0] <= rows for block in blocks)

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacell.store import CellStore, conversion, convert
-from megacell.store.errors import DataError, UsageError
-from megacell.store.executors import fitting_workers, parse_bytes
-from megacell.store.manifest import Manifest
-from megacell.store.plan import load_plan
-from megacell.store.progress import Progress
-from megacell.store.verify import verify
+from megacell.core.errors import DataError, UsageError
+from megacell.core.progress import Progress
+from megacell.store import CellStore, convert
+from megacell.store.conversion import conversion
+from megacell.store.conversion.plan import load_plan
+from megacell.store.format.manifest import Manifest
+from megacell.store.format.verify import verify
+from megacell.store.processes.executors import fitting_workers, parse_bytes
 
 ALLOWED = {"allow_subset": True, "shard_bytes": 20_000}
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -243,7 +244,7 @@ def test_a_line_of_progress_says_when_it_ends():
 def test_a_target_that_cannot_be_written_is_one_line(files, tmp_path):
     """As for a read-only disk; root may write anywhere, so the folder is made where no folder can be."""
     code = (
-        "import sys; from megacell.store.cli import main\n"
+        "import sys; from megacell.core.cli.main import main\n"
         "sys.exit(main(['convert', sys.argv[1], '--out', '/proc/store', '--allow-subset']))"
     )
     answer = subprocess.run(

@@ -19,9 +19,9 @@ import pytest
 import scipy.sparse as sp
 from sklearn.neighbors import kneighbors_graph
 
+from megacell.core.errors import DataError, UsageError
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
-from megacell.store.scdl_export import export_scdl
+from megacell.store.maintain.export_scdl import export_scdl
 
 ALLOWED = {"allow_subset": True}
 STALE = {"DATA": 1, "ROWPTR": 1, "COLPTR": 1}

@@ -15,9 +15,9 @@ import pytest
 import xxhash
 from sklearn.neighbors import kneighbors_graph
 
+from megacell.core.errors import DataError, UsageError
 from megacell.store import CellStore, convert
-from megacell.store.errors import DataError, UsageError
-from megacell.store.manifest import Manifest
+from megacell.store.format.manifest import Manifest
 
 ALLOWED = {"allow_subset": True}
 
@@ -271,10 +271,10 @@ def test_an_output_that_exists_is_wrong_usage(store, tmp_path):
 
 
 def test_the_package_imports_no_torch_and_nothing_slow():
-    code = "import sys, megacell.store, megacell.store.commands; print([m for m in sys.modules if m in %r])"
+    code = "import sys, megacell.store, megacell.store.commands.register; print([m for m in sys.modules if m in %r])"
     slow = ["torch", "numba", "numpy", "pandas", "anndata", "h5py", "pyarrow", "scipy", "rich"]
     answer = subprocess.run([sys.executable, "-c", code % slow], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
-    whole = "import sys, megacell.store.cells, megacell.store.conversion; print('torch' in sys.modules)"
+    whole = "import sys, megacell.store.read.cell_store, megacell.store.conversion.conversion; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from sklearn.neighbors import kneighbors_graph
 
+from megacell.core.errors import DataError
 from megacell.store import CellStore, compact, convert
-from megacell.store.errors import DataError
-from megacell.store.verify import verify
+from megacell.store.format.verify import verify
 
 ALLOWED = {"allow_subset": True}
 

@@ -4,17 +4,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megacell.store.cells import CellStore
-    from megacell.store.compaction import compact
-    from megacell.store.conversion import convert
+    from megacell.store.read.cell_store import CellStore
+    from megacell.store.maintain.compaction import compact
+    from megacell.store.conversion.conversion import convert
 
 __all__ = ["CellStore", "compact", "convert"]
 
 # no module may bear an exported name: once imported, it would stand here in the function's place
 _FROM = {
-    "CellStore": "megacell.store.cells",
-    "compact": "megacell.store.compaction",
-    "convert": "megacell.store.conversion",
+    "CellStore": "megacell.store.read.cell_store",
+    "compact": "megacell.store.maintain.compaction",
+    "convert": "megacell.store.conversion.conversion",
 }
 
 

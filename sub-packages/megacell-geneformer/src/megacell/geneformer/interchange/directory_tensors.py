@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from megacell.geneformer.interchange.archive import BROKEN, load_tensors, one_line
-from megacell.geneformer.interchange.tensors import State
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.training.interchange.safe_archive import BROKEN, load_tensors, one_line
+from megacell.training.interchange.tensors import State
 
 WEIGHTS = "model.safetensors"
 

@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from megacell.core.errors import DataError, UsageError
+from megacell.core.files import flush_file, move_into_place
 from megacell.geneformer.interchange.directory_tensors import WEIGHTS, find_tensors
 from megacell.geneformer.interchange.model_card import model_card
-from megacell.geneformer.interchange.tensors import Shapes, State, Weights, check_tensors
 from megacell.geneformer.model.config import ModelConfig
-from megacell.geneformer.model.init import PADDING_BIAS
-from megacell.geneformer.vocabulary import Vocabulary, refuse_existing
-from megacell.store.durable import flush_file, move_into_place
-from megacell.store.errors import DataError, UsageError
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary, refuse_existing
+from megacell.training.interchange.tensors import Shapes, State, Weights, check_tensors
+from megacell.training.nn.weights import PADDING_BIAS
 
 ARCHITECTURES = {"post": "BertForMaskedLM", "pre": "MegatronBertForMaskedLM"}
 ACTIVATIONS = ("relu", "gelu")
@@ -225,7 +225,7 @@ def _find_vocabulary(path: Path, network: ModelConfig, given: Vocabulary | None)
     edition = PUBLISHED_SIZES.get(network.vocabulary_size)
     if edition is None:
         raise UsageError(f"{path}: has no vocabulary with it; give --vocabulary, the one it was trained with")
-    from megacell.geneformer.published import fetch_geneformer
+    from megacell.geneformer.vocabulary.published import fetch_geneformer
 
     return fetch_geneformer(edition)
 
@@ -285,7 +285,7 @@ def save(model: Any, out: Path, figures: dict[str, Any] | None = None) -> None:
     DataError
         It cannot be written; or no class of ``transformers`` computes what the model does.
     """
-    from megacell.geneformer.geneformer_pickles import write_dictionaries
+    from megacell.geneformer.vocabulary.geneformer_dictionaries import write_dictionaries
 
     refuse_existing(out)
     network, work = model.sizes, out.with_name(f".{out.name}.tmp")

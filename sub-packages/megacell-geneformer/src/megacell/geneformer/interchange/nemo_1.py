@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from megacell.geneformer.bionemo_dictionaries import make_vocabulary, read_tokens
-from megacell.geneformer.interchange.archive import Archive
-from megacell.geneformer.interchange.tensors import BIAS, POSITIONS, WORDS, Weights, check_tensors, shapes_of
+from megacell.core.errors import DataError, UsageError
 from megacell.geneformer.model.config import ModelConfig
-from megacell.geneformer.model.init import PADDING_BIAS
-from megacell.geneformer.vocabulary import Vocabulary
-from megacell.store.errors import DataError, UsageError
+from megacell.geneformer.model.tensor_shapes import BIAS, POSITIONS, WORDS, shapes_of
+from megacell.geneformer.vocabulary.bionemo_dictionaries import make_vocabulary, read_tokens
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
+from megacell.training.interchange.safe_archive import Archive
+from megacell.training.interchange.tensors import Weights, check_tensors
+from megacell.training.nn.weights import PADDING_BIAS
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 RENAMED = (  # theirs → ours, each where it stands; NeMo's later BERTs, on Megatron-core, have some of ours already

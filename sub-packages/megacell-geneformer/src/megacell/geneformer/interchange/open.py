@@ -1,46 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one way to open a trained model: a .nemo file, a Hugging Face directory, a run, or one of its checkpoints."""
 
-import logging
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from megacell.geneformer.interchange.tensors import Weights
+from megacell.core.errors import DataError
 from megacell.geneformer.model.config import ModelConfig
-from megacell.geneformer.vocabulary import Vocabulary
-from megacell.store.errors import DataError, UsageError
-
-BEST = "best"  # RUN/best: of a run's checkpoints, the one of the lowest held-out loss
-
-log = logging.getLogger(__name__)
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
+from megacell.training.checkpoint.find import find_checkpoint
+from megacell.training.interchange.tensors import Weights
 
 
 def is_hugging_face(path: Path) -> bool:
     """Return whether a path is a folder of a Hugging Face model."""
     return (path / "config.json").is_file()
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that ``path`` is, the newest whole one of the run that it is, or the best for RUN/best."""
-    from megacell.geneformer.training import checkpoint
-
-    if path.name == BEST and not path.exists() and (path.parent / "checkpoints").is_dir():
-        return checkpoint.best(path.parent / "checkpoints")
-
-    if (path / checkpoint.MARKER).is_file():
-        checkpoint.check(path)
-        return path
-    if (path / "checkpoints").is_dir():
-        newest, lines = checkpoint.newest(path / "checkpoints")
-        if newest is None:
-            raise DataError(f"{path}: no whole checkpoint in it {'; '.join(lines)}".rstrip())
-        for line in lines:
-            log.warning(line)
-        return newest
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder")
-    raise UsageError(f"{path}: neither a .nemo file, a Hugging Face directory, a run folder nor a checkpoint")
 
 
 def open_model(path: Path, vocabulary: Vocabulary | None = None):
@@ -61,7 +35,7 @@ def open_model(path: Path, vocabulary: Vocabulary | None = None):
         If there is no such model there, or it is damaged.
     """
     from megacell.geneformer.interchange.hugging_face import read_directory
-    from megacell.geneformer.interchange.nemo import read_archive
+    from megacell.training.interchange.nemo import read_archive
 
     if is_hugging_face(path):
         return _built(*read_directory(path, vocabulary))
@@ -73,9 +47,9 @@ def open_model(path: Path, vocabulary: Vocabulary | None = None):
 
 def _built(cfg: dict, weights: Weights, vocabulary: Vocabulary):
     """Return the network that a configuration describes, filled with whole weights."""
-    from megacell.geneformer.model.init import copy_whole
-    from megacell.geneformer.training import device
-    from megacell.geneformer.training.module import GeneformerModel
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
+    from megacell.training.distributed import device
+    from megacell.training.nn.weights import copy_whole
 
     model = GeneformerModel(OmegaConf.create(cfg))
     with device.single_process():
@@ -85,8 +59,9 @@ def _built(cfg: dict, weights: Weights, vocabulary: Vocabulary):
 
 
 def _of_checkpoint(folder: Path):
-    from megacell.geneformer.training import checkpoint, device
-    from megacell.geneformer.training.module import GeneformerModel
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
+    from megacell.training.checkpoint import checkpoint
+    from megacell.training.distributed import device
 
     facts = checkpoint.read_facts(folder)
     vocabulary = Vocabulary.open(folder.parent.parent / "vocabulary")
@@ -120,8 +95,8 @@ def check_fit(network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:
 def _facts(path: Path, vocabulary: Vocabulary) -> dict:
     """Return what a model says of its ``network`` and ``vocabulary``; a bare Hugging Face one has only sizes."""
     from megacell.geneformer.interchange.hugging_face import VOCABULARY, read_sizes
-    from megacell.geneformer.interchange.nemo import read_config
-    from megacell.geneformer.training import checkpoint
+    from megacell.training.checkpoint import checkpoint
+    from megacell.training.interchange.nemo import read_config
 
     if path.is_file():
         return read_config(path)
@@ -141,9 +116,9 @@ def load_into(bert, network: ModelConfig, vocabulary: Vocabulary, path: Path) ->
         As ``check_fit``.
     """
     from megacell.geneformer.interchange.hugging_face import read_directory
-    from megacell.geneformer.interchange.nemo import read_archive
-    from megacell.geneformer.model.init import copy_whole
-    from megacell.geneformer.training import checkpoint
+    from megacell.training.checkpoint import checkpoint
+    from megacell.training.interchange.nemo import read_archive
+    from megacell.training.nn.weights import copy_whole
 
     check_fit(network, vocabulary, path)
     if is_hugging_face(path):

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.enums import ModelType
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-from megacell.geneformer.model.config import Layout, ModelConfig, megatron_config
-from megacell.geneformer.model.init import allocate
-from megacell.geneformer.model.layers import LMHead, encoder_parts
-from megacell.geneformer.model.loss import cut_cross_entropy
+from megacell.geneformer.model.config import ModelConfig, megatron_config
+from megacell.training.nn.cross_entropy import cut_cross_entropy
+from megacell.training.nn.layers import ColumnLinear, FeedForward, Layer, Norm, PostNormLayer, RowLinear, SummingNorm
+from megacell.training.nn.layout import Layout
+from megacell.training.nn.packed_attention import PackedAttention
+from megacell.training.nn.weights import allocate
 
 
 @dataclass
@@ -134,3 +138,30 @@ class PackedBert(LanguageModule):
 
     def _losses(self, logits: torch.Tensor, pack: Pack) -> torch.Tensor:
         return cut_cross_entropy(logits, pack.labels, self.tp_group, self.config.compiled)
+
+
+class LMHead(MegatronModule):
+    """What stands before the decoder: dense, activation, LayerNorm; whole on every rank, never sequence parallel."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, dtype=config.params_dtype)
+        self.layer_norm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.activation = (
+            torch.nn.functional.relu if config.activation_func is torch.nn.functional.relu else torch.nn.functional.gelu
+        )
+
+    def forward(self, hidden):
+        """Return [M, h] for hidden states [M, h]."""
+        return self.layer_norm(self.activation(self.dense(hidden)))
+
+
+def encoder_parts(model: ModelConfig) -> TransformerBlockSubmodules:
+    """Return the layers and the final norm that Megatron-core's ``TransformerBlock`` is to build."""
+    spec = copy.deepcopy(bert_layer_local_spec)
+    parts = spec.submodules
+    spec.module = Layer if model.norm == "pre" else PostNormLayer
+    parts.input_layernorm, parts.pre_mlp_layernorm, parts.mlp = Norm, SummingNorm, FeedForward
+    attention = parts.self_attention.submodules
+    attention.linear_qkv, attention.core_attention, attention.linear_proj = ColumnLinear, PackedAttention, RowLinear
+    return TransformerBlockSubmodules(layer_specs=[spec] * model.layers, layer_norm=Norm)

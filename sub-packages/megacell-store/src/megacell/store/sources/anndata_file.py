@@ -8,10 +8,11 @@ from typing import Any
 import h5py
 import pandas as pd
 
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
 from megacell.store.sources.container import Container, is_array
-from megacell.store.sources.frame import Frame
-from megacell.store.sources.h5_matrix import Matrix, first_line, open_matrix
+from megacell.store.sources.layouts import open_matrix
+from megacell.store.sources.matrix import Matrix, first_line
+from megacell.store.sources.table import Frame
 
 
 class AnnDataFile(Container):

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from megacell.store.canonical import canonical_rows
-from megacell.store.counts import UMI, Verdict, judge
-from megacell.store.errors import DataError, UsageError
-from megacell.store.genes import Features, read_features
-from megacell.store.guard import watched
-from megacell.store.recover import recover_rows, stored_precision, tolerances
+from megacell.core.errors import DataError, UsageError
+from megacell.store.format.canonical import canonical_rows
+from megacell.store.processes.watchdog import watched
 from megacell.store.sources.container import Container
-from megacell.store.sources.h5_matrix import Matrix, Sum
+from megacell.store.sources.count_kinds import UMI, Verdict, judge
+from megacell.store.sources.features import Features, read_features
+from megacell.store.sources.layouts import Sum
+from megacell.store.sources.matrix import Matrix
+from megacell.store.sources.recover import recover_rows, stored_precision, tolerances
 
 Array = np.ndarray[Any, Any]
 Ids = tuple[str, Mapping[str, str] | None]  # where gene ids are, and the user's own map of them
-
 # layers that `auto` takes for counts by their name; spliced and unspliced, say, are whole numbers too, but parts
 COUNT_LAYERS = ("counts", "raw_counts", "count", "raw", "umi", "umis", "umi_counts")
 SAMPLE_RUNS, SAMPLE_RUN = 16, 32  # a matrix is judged by this many runs of so many cells, spread over the file

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from megacell.store.errors import DataError
-from megacell.store.sources.h5_matrix import Matrix
+from megacell.core.errors import DataError
+from megacell.store.sources.matrix import Matrix
 
 ROW_NAMES = "index"  # by which the cells' own names are asked for among the columns of obs
 

@@ -9,10 +9,11 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
 from megacell.store.sources.anndata_file import open_h5
 from megacell.store.sources.container import ROW_NAMES, Container
-from megacell.store.sources.h5_matrix import Columns, Matrix, check_complete
+from megacell.store.sources.layouts import Columns
+from megacell.store.sources.matrix import Matrix, check_complete
 
 _CELL_NAMES = ("CellID", "cell_id", "obs_names", "barcode", "barcodes")
 _GENE_NAMES = ("ensembl_id", "Accession", "var_names", "Gene", "gene", "Genes")

@@ -15,10 +15,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacell.store.errors import DataError, UsageError
-from megacell.store.obs import INDEX
+from megacell.core.errors import DataError, UsageError
+from megacell.store.format.obs import INDEX
 from megacell.store.sources.container import Container
-from megacell.store.sources.h5_matrix import Csr, Matrix
+from megacell.store.sources.layouts import Csr
+from megacell.store.sources.matrix import Matrix
 
 Array = np.ndarray[Any, Any]
 # number in header.sch → NumPy's name

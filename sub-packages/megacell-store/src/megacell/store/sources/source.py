@@ -11,17 +11,18 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from megacell.store.canonical import BAD_COLUMN, FRACTIONAL, NEGATIVE, NOT_FINITE, TOO_LARGE, canonical_rows
-from megacell.store.counts import LENGTH_NORMALISED, UMI
-from megacell.store.errors import DataError, UsageError
-from megacell.store.genes import read_id_map
-from megacell.store.guard import watched
-from megacell.store.recover import recover_rows, tolerances
+from megacell.core.errors import DataError, UsageError
+from megacell.store.format.blocks import ROWS, Block
+from megacell.store.format.canonical import BAD_COLUMN, FRACTIONAL, NEGATIVE, NOT_FINITE, TOO_LARGE, canonical_rows
+from megacell.store.processes.watchdog import watched
 from megacell.store.sources.choice import Choice, Settled, choose_counts, reopen_counts, sample
 from megacell.store.sources.container import Container
-from megacell.store.sources.h5_matrix import DAMAGE, ROWS, Block, Matrix, first_line
-from megacell.store.sources.open import open_container
-from megacell.store.species import SPECIES_COLUMNS, species_of
+from megacell.store.sources.count_kinds import LENGTH_NORMALISED, UMI
+from megacell.store.sources.features import read_id_map
+from megacell.store.sources.matrix import DAMAGE, Matrix, first_line
+from megacell.store.sources.recover import recover_rows, tolerances
+from megacell.store.sources.registry import open_container
+from megacell.store.sources.species import SPECIES_COLUMNS, species_of
 
 Array = np.ndarray[Any, Any]
 

@@ -11,22 +11,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from megacell.store.durable import TEMPORARY
-from megacell.store.errors import DataError
+from megacell.core.errors import DataError
+from megacell.core.files import TEMPORARY
+from megacell.store.format.blocks import VALUES, Block, cut_blocks, scatter, spool
 from megacell.store.sources.anndata_file import open_h5
 from megacell.store.sources.container import Container
-from megacell.store.sources.h5_matrix import (
-    DAMAGE,
-    VALUES,
-    Block,
-    Csr,
-    Matrix,
-    check_complete,
-    cut_blocks,
-    first_line,
-    scatter,
-    spool,
-)
+from megacell.store.sources.layouts import Csr
+from megacell.store.sources.matrix import DAMAGE, Matrix, check_complete, first_line
 
 Array = np.ndarray[Any, Any]
 

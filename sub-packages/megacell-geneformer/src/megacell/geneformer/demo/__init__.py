@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`megacell demo`: the whole path on real cells."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Geneformer as a model family that `megacell.training` trains."""

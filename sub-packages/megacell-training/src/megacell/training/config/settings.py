@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's settings: composed by Hydra from configs/ and the command line, and checked before anything starts."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from megacell.core.errors import UsageError
+from megacell.geneformer.pretraining.settings import ORDERS, model_config
+from megacell.training.nn.layout import Layout
+
+SAVED = "config.yaml"  # in the run folder: what the run was started with
+ELSEWHERE = ("launcher", "sweep")  # how the processes are started: not a part of the run, may change at any time
+KEPT = ("seed", "batch.cells", "model", "data", "init", "precision")  # what makes a run the run that it is
+FREE = ("data.prefetch", "data.threads")  # but not these
+QUERY = "data.where="
+SCHEDULES = ("cosine", "linear", "constant")
+REFUSED = {  # of Megatron's ways to spread a network, those that nothing here needs
+    "pipeline": "the layers stay together; raise parallel.tensor where a copy does not fit on one GPU",
+    "context": "a cell stays in one piece; parallel.sequence shares its tokens among the ranks of parallel.tensor",
+}
+
+
+def config_dir() -> Path:
+    """Return the folder of Hydra's YAML: inside the installed package, or at the root of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", *(p / "configs" for p in package.parents)):
+        if (folder / "pretrain.yaml").is_file():
+            return folder
+    raise UsageError(f"{package}: no configs folder beside or above it: install Megacell again")
+
+
+def key_of(override: str) -> str:
+    """Return the option that a Hydra override sets."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """Compose a run's settings; with ``resume=true`` on top of what the run was started with.
+
+    Parameters
+    ----------
+    overrides : list of str
+        Hydra's: ``store=STORE``, ``model=tiny``, ``optim.lr=3e-4``.
+
+    Raises
+    ------
+    UsageError
+        For an unknown option, a missing or malformed value, or sizes that do not fit.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = hydra_compose("pretrain", [o for o in overrides if not o.startswith(QUERY)])
+        for query in (o.removeprefix(QUERY) for o in overrides if o.startswith(QUERY)):
+            cfg.data.where = None if query == "null" else query  # as it stands: Hydra would want quotes around it
+        if cfg.resume:
+            cfg = _resumed(cfg, overrides)
+        cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    except (MissingMandatoryValue, InterpolationKeyError) as error:  # the latter: ${given.…} of an experiment
+        raise UsageError(f"{error.full_key}=… must be given") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        text = " ".join(str(error).split()).split(" Config search path:")[0].split(" full_key:")[0]
+        raise UsageError(f"{text}; `megacell pretrain --cfg …` prints all options") from error
+    OmegaConf.set_struct(cfg, True)
+    _check(cfg)
+    return cfg
+
+
+def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """Return what a run was started with, with what was given anew; refuse what would make it another run."""
+    if OmegaConf.is_missing(cfg, "out"):
+        raise UsageError("resume=true needs out=RUN, the run to go on with")
+    saved = Path(cfg.out) / SAVED
+    if not saved.is_file():
+        raise UsageError(f"out={cfg.out}: no run to resume there; leave resume=true out to start one")
+    given = [o for o in overrides if key_of(o).split(".")[0] not in ("resume", "out", *ELSEWHERE)]
+    for key in map(key_of, given):
+        if key in FREE:
+            continue
+        if key.split(".")[0] in KEPT or key in KEPT or (config_dir() / key).is_dir():
+            raise UsageError(f"{key}=…: a run that goes on keeps it; start a new one, with init={cfg.out}")
+    merged = OmegaConf.merge(
+        cfg, OmegaConf.load(saved), OmegaConf.from_dotlist(given), {"resume": True, "out": cfg.out}
+    )
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _check(cfg: DictConfig) -> None:
+    positive = ("steps", "devices", "batch.cells", "batch.tokens", "validation.every", "validation.cells",
+                "checkpoint.every", "checkpoint.keep", "guard.window", "guard.stop_after", "log_every",
+                "parallel.tensor", "data.prefetch", "data.block", "data.blocks")  # fmt: skip
+    for name in positive:
+        value = OmegaConf.select(cfg, name)
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"{name}={value}: must be a whole number of at least 1")
+    _check_guard(cfg)
+    for name in ("lr", "min_lr", "warmup", "hold", "weight_decay", "beta1", "beta2", "eps", "clip"):
+        if not isinstance(cfg.optim[name], int | float) or cfg.optim[name] < 0:
+            raise UsageError(f"optim.{name}={cfg.optim[name]}: must be a number of at least 0")
+    for name in ("initial_loss_scale", "loss_scale_window"):
+        if not isinstance(cfg.optim[name], int) or cfg.optim[name] < 1:
+            raise UsageError(f"optim.{name}={cfg.optim[name]}: must be a whole number of at least 1")
+    if cfg.optim.schedule not in SCHEDULES:
+        raise UsageError(f"optim.schedule={cfg.optim.schedule}: choose one of {', '.join(SCHEDULES)}")
+    parts = [part * (cfg.steps if part < 1 else 1) for part in (cfg.optim.warmup, cfg.optim.hold)]
+    if sum(parts) >= cfg.steps:
+        raise UsageError(
+            f"optim.warmup={cfg.optim.warmup} and optim.hold={cfg.optim.hold} leave none of steps={cfg.steps}: "
+            "lower them, or raise steps"
+        )
+    _check_parallel(cfg)
+    _check_data(cfg.data)
+    model = model_config(cfg, vocabulary_size=1)
+    model.check_parallel(cfg.parallel.tensor)
+    if cfg.batch.tokens < model.max_length:
+        raise UsageError(f"batch.tokens={cfg.batch.tokens}: must be at least model.max_length={model.max_length}")
+
+
+def _check_parallel(cfg: DictConfig) -> None:
+    for name, why in REFUSED.items():
+        if cfg.parallel[name] != 1:
+            raise UsageError(f"parallel.{name}={cfg.parallel[name]}: not offered: {why}")
+    for name in ("sequence", "reduce_fp32"):
+        if not isinstance(cfg.parallel[name], bool):
+            raise UsageError(f"parallel.{name}={cfg.parallel[name]}: must be true or false")
+    layout(cfg)
+
+
+def layout(cfg: DictConfig) -> Layout:
+    """Return how the settings have the network run."""
+    parallel = cfg.parallel
+    sequence = parallel.sequence and parallel.tensor > 1
+    return Layout(
+        parallel.tensor, sequence, parallel.recompute, cfg.precision, cfg.attention, cfg.compile, cfg.deterministic
+    )
+
+
+def _check_data(data: DictConfig) -> None:
+    """Check the options of cells, split and masks, as far as they can be without the store."""
+    from megacell.geneformer.tokens.masking import MaskSettings
+    from megacell.store.sampling.split import SplitSettings
+
+    if not isinstance(data.threads, int) or data.threads < 0:
+        raise UsageError(f"data.threads={data.threads}: must be a whole number of at least 0")
+    if data.order not in ORDERS:
+        raise UsageError(f"data.order={data.order}: choose one of {', '.join(ORDERS)}")
+    if data.balance is not None and data.order != "shuffled":
+        raise UsageError(f"data.balance={data.balance}: draws cells one by one; leave data.order={data.order} out")
+    if data.exclude is not None:
+        if not isinstance(data.exclude, DictConfig):
+            raise UsageError(
+                f"data.exclude={data.exclude}: give values by column, data.exclude={{tissue:[blood,lung]}}"
+            )
+        for column, values in data.exclude.items():
+            data.exclude[column] = values if isinstance(values, ListConfig) else [values]
+    for group in ("masking", "split"):
+        for name, value in data[group].items():
+            if name != "by" and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UsageError(f"data.{group}.{name}={value}: must be a number")
+    MaskSettings(**data.masking)
+    SplitSettings(**{name: value for name, value in data.split.items() if value is not None})
+
+
+def _check_guard(cfg: DictConfig) -> None:
+    for name in ("loss", "grad_norm"):
+        value = cfg.guard[name]
+        if value is not None and (not isinstance(value, int | float) or value <= 1):
+            raise UsageError(f"guard.{name}={value}: must be a number above 1, or null")
+    if not isinstance(cfg.checkpoint.best, int) or cfg.checkpoint.best < 0:
+        raise UsageError(f"checkpoint.best={cfg.checkpoint.best}: must be a whole number of at least 0")
+    if not isinstance(cfg.checkpoint.asynchronous, bool):
+        raise UsageError(f"checkpoint.asynchronous={cfg.checkpoint.asynchronous}: must be true or false")
+
+
+def check_ranks(cfg: DictConfig, ranks: int) -> None:
+    """Raise UsageError if the settings cannot be spread over this many ranks."""
+    if ranks % cfg.parallel.tensor:
+        raise UsageError(
+            f"parallel.tensor={cfg.parallel.tensor} does not divide the {ranks} rank(s): "
+            f"set devices={cfg.parallel.tensor} or a multiple"
+        )
+    copies = ranks // cfg.parallel.tensor
+    if cfg.batch.cells < copies:
+        raise UsageError(f"batch.cells={cfg.batch.cells} is under the {copies} data parallel ranks: raise it")

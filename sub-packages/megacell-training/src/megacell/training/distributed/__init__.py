@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices, processes, Slurm, signals, and Lightning's strategy over Megatron."""
