@@ -13,7 +13,7 @@ ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
 def fuzz(folder: Path, every: int, *forms: str) -> list[dict]:
-    script = Path(__file__).with_name("fuzz_sources.py")
+    script = Path(__file__).parents[1] / "fuzz_sources.py"
     command = [sys.executable, script, folder, str(every), *forms]
     answer = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
     assert answer.returncode == 0, answer.stderr

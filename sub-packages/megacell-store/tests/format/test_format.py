@@ -13,7 +13,7 @@ from sklearn.neighbors import kneighbors_graph
 from megacell.store import CellStore, convert
 from megacell.store.format.manifest import Manifest
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "format.md"
+DOCUMENT = Path(__file__).resolve().parents[4] / "docs" / "format.md"
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(vocabulary_for, tmp_pat
     anndata.AnnData(counts, obs=obs, var=var).write_h5ad(tmp_path / "cells.h5ad")
     convert(tmp_path / "cells.h5ad", tmp_path / "store", allow_subset=True)
     vocabulary_for(20).save(tmp_path / "vocabulary")
-    script = Path(__file__).with_name("kill_tokenize.py")
+    script = Path(__file__).parents[1] / "kill_tokenize.py"
     words = [sys.executable, script, tmp_path / "store", tmp_path / "vocabulary", tmp_path]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr

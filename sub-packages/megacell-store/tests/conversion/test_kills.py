@@ -22,7 +22,7 @@ EXHAUSTIVE = pytest.mark.exhaustive
 
 
 def kill(folder: Path, scenario: str, who: str, every: int) -> dict:
-    script = Path(__file__).with_name("kill_everywhere.py")
+    script = Path(__file__).parents[1] / "kill_everywhere.py"
     command = [sys.executable, script, folder, scenario, who, str(every)]
     answer = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
     assert answer.returncode == 0, answer.stderr
