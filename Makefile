@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 TESTS_AT_ONCE ?= 2
 
-.PHONY: setup demo docs test test-all test-cuda lint clean bench-peers bench-store bench-batches bench-train bench-steps bench-compiled bench-scaling bench-embed
+.PHONY: setup demo docs rooms test test-all test-cuda lint clean bench-peers bench-store bench-batches bench-train bench-steps bench-compiled bench-scaling bench-embed
 
 setup: $(STAMP)
 
@@ -22,10 +22,14 @@ docs: setup
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build
 	@echo "open docs/_build/index.html"
 
+# The drawing and the list of rooms in docs/architecture.md, after files have moved or their docstrings have changed.
+rooms: setup
+	$(BIN)/python docs/draw_rooms.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict --package megacell.store
+	$(BIN)/mypy --strict --package megacell.core --package megacell.store --package megacell.training
 	$(BIN)/mypy --package megacell.geneformer
 	$(BIN)/mypy benchmarks
 

@@ -27,11 +27,16 @@ def _unite(metadata: dict) -> None:
     for field in ("scripts", "entry-points", "optional-dependencies"):
         united: dict = {}
         for project in projects:
-            for key, value in project.get(field, {}).items():
-                if isinstance(value, dict):
-                    united.setdefault(key, {}).update(value)
-                elif isinstance(value, list):
-                    united.setdefault(key, []).extend(v for v in value if v not in united.get(key, []))
-                else:
-                    united[key] = value
+            merge(united, project.get(field, {}), field)
         metadata[field] = united
+
+
+def merge(united: dict, more: dict, field: str) -> None:
+    """Add a sub-package's table: tables within it are merged, lists joined; a name can stand for one thing only."""
+    for key, value in more.items():
+        if isinstance(value, dict):
+            merge(united.setdefault(key, {}), value, f"{field}.{key}")
+        elif isinstance(value, list):
+            united[key] = list(dict.fromkeys([*united.get(key, []), *value]))
+        elif united.setdefault(key, value) != value:
+            raise ValueError(f"{field}: two sub-packages have {key!r}: {united[key]} and {value}")

@@ -22,11 +22,12 @@ from dictionaries import WITH_NAMES, published_vocabulary
 
 from megacell.core.machine import where_and_when
 from megacell.geneformer.model.bert import Pack, PackedBert
+from megacell.geneformer.model.initial_weights import initialise
 from megacell.geneformer.pretraining.data import TrainingData
+from megacell.geneformer.pretraining.settings import model_config
 from megacell.store import convert
 from megacell.training.config import settings
 from megacell.training.distributed import device
-from megacell.training.nn.weights import initialise
 
 FIGURES = ("cpu_seconds", "seconds")
 DROPOUTS = {
@@ -44,7 +45,7 @@ def by_turns(overrides: list[str], steps: int) -> dict[str, Any]:
     stream = data.stream()
     for name in runs:
         cfg = settings.compose([*overrides, name])
-        network = settings.model_config(cfg, data.vocabulary.size)
+        network = model_config(cfg, data.vocabulary.size)
         bert = PackedBert(network, settings.layout(cfg)).to(device.device())
         initialise(bert, network, cfg.seed)
         engines[name] = Engine(cfg, bert)
@@ -58,7 +59,7 @@ def by_turns(overrides: list[str], steps: int) -> dict[str, Any]:
             result = engines[name].train_step(packs)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             found = {"cpu_seconds": cpu / tokens * 1e3, "seconds": wall / tokens * 1e3, "tokens": tokens}
-            runs[name].append({**found, "loss": result.loss_sum / result.masked})
+            runs[name].append({**found, "loss": result.loss_sum / result.items})
             print(f"step {step}, {name}: {found['cpu_seconds']:.3f} CPU-seconds a thousand tokens", flush=True)
     return {name: found[1:] for name, found in runs.items()}
 

@@ -23,6 +23,8 @@ from batches import real_like
 from dictionaries import published_vocabulary
 
 from megacell.geneformer.tokens.lengths import token_lengths
+from megacell.geneformer.tokens.packing import MicroBatch
+from megacell.geneformer.tokens.stream import token_stream
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore, convert
 from megacell.store.sampling.batch_stream import BatchStream
@@ -31,10 +33,10 @@ GLOBAL_BATCH, TOKEN_BUDGET, DEPTH = 256, 65_536, 2
 THREADS = (0, 1, 2, 4)
 
 
-def open_stream(store: CellStore, vocabulary: Vocabulary) -> BatchStream:
+def open_stream(store: CellStore, vocabulary: Vocabulary) -> BatchStream[MicroBatch]:
     """Return the stream that every way makes steps of."""
     lengths = token_lengths(store, vocabulary)
-    return BatchStream(
+    return token_stream(
         store, vocabulary, np.flatnonzero(lengths), lengths,
         max_length=2048, global_batch=GLOBAL_BATCH, token_budget=TOKEN_BUDGET, seed=0,
     )  # fmt: skip

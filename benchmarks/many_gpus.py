@@ -10,6 +10,7 @@ from cost_model import Link, Machines, Work
 
 from megacell.core.cli.parsers import table
 from megacell.geneformer.bench.train import PEAKS, flops_a_token, token_counts
+from megacell.geneformer.pretraining.settings import model_config
 from megacell.store.sampling.sharing import share_out
 from megacell.training.config import settings
 
@@ -120,7 +121,7 @@ def parameters(cfg: Any, vocabulary: int) -> int:
     from megacell.training.nn.layout import Layout
 
     with device.single_process(), torch.device("meta"):
-        network = PackedBert(settings.model_config(cfg, vocabulary), Layout())
+        network = PackedBert(model_config(cfg, vocabulary), Layout())
     return sum(parameter.numel() for parameter in network.parameters())
 
 

@@ -28,11 +28,12 @@ from omegaconf import DictConfig
 from megacell.core.machine import where_and_when
 from megacell.geneformer.bench.train_references import CONTENDERS, contender
 from megacell.geneformer.model.bert import Pack, PackedBert
+from megacell.geneformer.model.initial_weights import initialise
 from megacell.geneformer.pretraining.data import TrainingData
+from megacell.geneformer.pretraining.settings import model_config
 from megacell.store import convert
 from megacell.training.config import settings
 from megacell.training.distributed import device
-from megacell.training.nn.weights import initialise
 
 Prepared = tuple[int, Callable[[], object]]  # real tokens of a step, and the step
 
@@ -42,7 +43,7 @@ def ours(cfg: DictConfig) -> Iterator[Prepared]:
     from megacell.training.engine import Engine
 
     data = TrainingData.open(cfg)
-    network = settings.model_config(cfg, data.vocabulary.size)
+    network = model_config(cfg, data.vocabulary.size)
     bert = PackedBert(network, settings.layout(cfg)).to(device.device())
     initialise(bert, network, cfg.seed)
     engine, stream = Engine(cfg, bert), data.stream()

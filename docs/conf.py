@@ -6,6 +6,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from sphinx.ext.autodoc.mock import _MockObject
+
 ROOT = Path(__file__).resolve().parents[1]
 
 project = "Megacell"
@@ -20,6 +22,7 @@ nb_merge_streams = True
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 
 autodoc_mock_imports = ["lightning", "megatron", "nemo"]  # their import takes longer than all the rest
+_MockObject.__or__ = _MockObject.__ror__ = lambda mocked, other: object  # annotations such as `PackedSeqParams | None`
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings tell shapes and types
 napoleon_google_docstring = False

@@ -44,7 +44,7 @@ def train(tensor: int, first: int, last: int, folder: str, middle: int, buckets:
         engine = jobs.make_engine()
         checkpoint.begin_state(engine.optimizer)
         if first:
-            checkpoint.load(Path(folder) / f"step-{first:08d}", engine.bert, engine.optimizer)
+            checkpoint.load(Path(folder) / f"step-{first:08d}", engine.network, engine.optimizer)
             engine.scheduler.step(first)
         losses: list[float] = []
         gradients: dict[int, dict[str, np.ndarray]] = {}
@@ -55,11 +55,11 @@ def train(tensor: int, first: int, last: int, folder: str, middle: int, buckets:
             return prepare()
 
         engine.optimizer.prepare_grads = note_and_prepare
-        saver = Saver(Path(folder), engine.bert, engine.optimizer, keep=9)
+        saver = Saver(Path(folder), engine.network, engine.optimizer, keep=9)
         for step in range(first, last):
             packs = jobs.packs(step, state.get_data_parallel_rank(), state.get_data_parallel_world_size())
             result = engine.train_step(packs)
-            sums = torch.tensor([result.loss_sum, result.masked], dtype=torch.float64)
+            sums = torch.tensor([result.loss_sum, result.items], dtype=torch.float64)
             dist.all_reduce(sums, group=state.get_data_parallel_group())
             losses.append(float(sums[0] / sums[1]))
             if step + 1 in (middle, last):
@@ -76,10 +76,10 @@ def begin() -> tuple[list[bytes], list[bytes]]:
         engine = jobs.make_engine()
         for group in engine.optimizer.param_groups:
             group["lr"] = 0.1
-        before = [weight.detach().numpy().tobytes() for weight in engine.bert.parameters()]
+        before = [weight.detach().numpy().tobytes() for weight in engine.network.parameters()]
         checkpoint.begin_state(engine.optimizer)
         assert all(group["lr"] == 0.1 for group in engine.optimizer.param_groups)
-        return before, [weight.detach().numpy().tobytes() for weight in engine.bert.parameters()]
+        return before, [weight.detach().numpy().tobytes() for weight in engine.network.parameters()]
 
 
 def pretrain(settings: list[str], spoilt: dict[int, float]) -> tuple[int, str]:

@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sub-packages/megacell-geneformer/tests"))  # hugging.py
-sys.path.insert(0, str(Path(__file__).parent))  # jobs.py and ranks.py, also in the ranks' own processes
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # whose scripts find each other so
 
-from runs import TINY, fine
+from runs import STEPS, TINY, fine
 
 from ranks import Ranks
-
-STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +44,9 @@ def gpus() -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of the session's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEGACELL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="session")
-def data() -> Path:
-    """The folder of real cells and published dictionaries."""
-    folder = Path(os.environ.get("MEGACELL_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"no test data at {folder}: set MEGACELL_TEST_DATA to the folder that holds cells/ and geneformer/")
-    return folder
+def cache(session_cache) -> Path:
+    """The session's cache in place of one for each test: commands of several tests read the same store."""
+    return session_cache
 
 
 @pytest.fixture(scope="session")

@@ -81,9 +81,9 @@ def make_engine(network: dict | None = None, options: dict | None = None, kind: 
 
     from megacell.geneformer.model.bert import PackedBert
     from megacell.geneformer.model.config import ModelConfig
+    from megacell.geneformer.model.initial_weights import initialise
     from megacell.training.engine import Engine
     from megacell.training.nn.layout import Layout
-    from megacell.training.nn.weights import initialise
 
     if layout.get("compiled"):
         torch._dynamo.reset()  # torch allows a function so many graphs, and the tests have many networks
@@ -106,7 +106,7 @@ def whole_gradients(engine) -> dict[str, np.ndarray]:
             own = shards[state.get_data_parallel_rank()].clone()
             dist.all_gather(shards, own, group=state.get_data_parallel_group())
     found = {}
-    for name, parameter in engine.bert.named_parameters():
+    for name, parameter in engine.network.named_parameters():
         gradient = parameter.main_grad.detach().clone()
         if getattr(parameter, "tensor_model_parallel", False):
             parts = [torch.empty_like(gradient) for _ in range(state.get_tensor_model_parallel_world_size())]
@@ -142,7 +142,7 @@ def losses_and_gradients(tensor: int, *, steps: int = 20, plain: bool = False, *
             result = engine.train_step(
                 packs(step, state.get_data_parallel_rank(), state.get_data_parallel_world_size())
             )
-            sums = torch.tensor([result.loss_sum, result.masked], dtype=torch.float64)
+            sums = torch.tensor([result.loss_sum, result.items], dtype=torch.float64)
             dist.all_reduce(sums, group=state.get_data_parallel_group())
             losses.append(float(sums[0] / sums[1]))
         return losses, gradients
@@ -168,14 +168,14 @@ def train(
         choices["network"] = {"hidden_dropout": 0.1, "attention_dropout": 0.1, **choices.get("network", {})}
         engine, results, first = make_engine(**choices), [], 0
         if load:
-            first = checkpoint.load(Path(load), engine.bert, engine.optimizer)["step"]
+            first = checkpoint.load(Path(load), engine.network, engine.optimizer)["step"]
             engine.scheduler.step(first)
         for step in range(first, steps):
             device.seed_step(0, step)
             rank, ranks = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
             results.append(engine.train_step(packs(step, rank, ranks)))
             if step + 1 == save_at:
-                saver = Saver(Path(folder), engine.bert, engine.optimizer, keep=2)
+                saver = Saver(Path(folder), engine.network, engine.optimizer, keep=2)
                 saver.save(save_at, {})
         if save_at:
             saver.wait()  # written while training went on
@@ -188,7 +188,7 @@ def fp16_from_a_scale_too_large(steps: int, **optim) -> list:
 
     with groups(1):
         engine = make_engine(precision="fp16", options={"steps": 2 * steps, "optim": optim})
-        every = [*engine.bert.parameters(), *engine.optimizer.get_parameters()]
+        every = [*engine.network.parameters(), *engine.optimizer.get_parameters()]
         seen = []
         for step in range(steps):
             before = [parameter.detach().clone() for parameter in every]
@@ -204,7 +204,7 @@ def dtypes(precision: str, reduce_fp32: bool) -> tuple[set[str], set[str], set[s
         engine = make_engine(precision=precision, options={"parallel": {"reduce_fp32": reduce_fp32}})
         engine.train_step(packs(0, 0, 1))
         names = lambda tensors: {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}  # noqa: E731
-        parameters = list(engine.bert.parameters())
+        parameters = list(engine.network.parameters())
         reduced = (parameter.main_grad for parameter in parameters)
         state = (t for s in engine.optimizer.optimizer.state.values() for k, t in s.items() if k != "step")
         return names(parameters), names(reduced), names([*engine.optimizer.get_parameters(), *state])
@@ -216,7 +216,8 @@ def tokens_in_a_layer(sequence: bool) -> tuple[int, int]:
 
     with groups(2):
         engine, seen = make_engine(sequence=sequence), []
-        engine.bert.encoder.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+        mlp = engine.network.encoder.layers[0].mlp
+        mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
         device.seed_step(0, 0)
         (pack,) = packs(0, 0, 1, micro_batches=1)
         engine.train_step([pack])
@@ -229,10 +230,10 @@ def losses_of_tiny(steps: int, **changes) -> list[float]:
     from omegaconf import OmegaConf
 
     from megacell.geneformer.model.bert import Pack
-    from megacell.training.config import settings
+    from megacell.geneformer.pretraining.family import GENEFORMER
     from megacell.training.distributed import device
 
-    tiny = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / "tiny.yaml"))
+    tiny = OmegaConf.to_container(OmegaConf.load(GENEFORMER.configs / "model" / "tiny.yaml"))
     with groups(1):
         engine = make_engine(
             {**tiny, "vocabulary_size": 500, "hidden_dropout": 0.0, **changes}, {"steps": steps, "optim": {"lr": 1e-3}}
@@ -249,14 +250,12 @@ def losses_of_tiny(steps: int, **changes) -> list[float]:
             result = engine.train_step(
                 [Pack(*map(torch.from_numpy, arrays), 80, *map(torch.from_numpy, (masked, tokens[masked])))]
             )
-            losses.append(result.loss_sum / result.masked)
+            losses.append(result.loss_sum / result.items)
         return losses
 
 
 def agree(*digests: str) -> str:
     """Check that the ranks see one store, of which each has opened another generation; return what is said."""
-    from types import SimpleNamespace
-
     import torch
     import torch.distributed as dist
 
@@ -264,7 +263,7 @@ def agree(*digests: str) -> str:
     from megacell.training.run.recorded import check_ranks_agree
 
     try:
-        check_ranks_agree(SimpleNamespace(path="cells.store", digest=digests[dist.get_rank()]), torch.device("cpu"))
+        check_ranks_agree(digests[dist.get_rank()], "cells.store", torch.device("cpu"))
     except DataError as error:
         return str(error)
     return "agreed"

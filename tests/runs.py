@@ -17,6 +17,7 @@ TINY = (
     "model.hidden=32", "model.ffn=64", "model.heads=4", "model.max_length=128", "model.hidden_dropout=0",
     "batch.cells=8", "validation.cells=24", "data.baseline_cells=64", "log_every=1", "logger=csv",
 )  # fmt: skip
+STEPS = 12  # of the runs that several files' tests read
 OF_THE_MACHINE = ("tokens_per_second", "data_wait", "engine", "memory_gib", "save_stall")  # columns, not of the run
 WAIT = 240  # seconds for a command; one that hangs fails the test
 MARK = "MEGACELL_TEST_FAMILY"  # in the environment of a command and of all that it starts

@@ -14,12 +14,12 @@ from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
 from megacell.core.cli.main import build_parser
-from megacell.training.config.settings import compose, config_dir
+from megacell.training.config.settings import compose, config_dirs
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "$ "
 OURS = re.compile(r"^(megacell|(torchrun|srun|docker run)\b.*\bmegacell)\b")
-STARTS = re.compile(r"^megacell($|\.store\.cli$|:)")  # the word before our own arguments
+STARTS = re.compile(r"^megacell($|:)")  # the word before our own arguments
 REFUSED = re.compile(r"^megacell [\w ]+: error: ")
 COMMENT = re.compile(r"\s+#\s.*$")
 GIVEN = ("store=s", "vocabulary=v", "out=o")  # options that have to be given, where a page leaves them out
@@ -126,7 +126,7 @@ def options() -> set[str]:
 def settings() -> set[str]:
     """Return the names of all options of `megacell pretrain`, and of the groups that they are in."""
     names = _names(OmegaConf.to_container(compose(list(GIVEN)))) | {"experiment", "sweep"}
-    for path in config_dir().glob("*/*.yaml"):
+    for path in [path for folder in config_dirs() for path in folder.glob("*/*.yaml")]:
         if path.parent.name in ("launcher", "logger"):
             names |= {f"{path.parent.name}.{name}" for name in _names(yaml.safe_load(path.read_text()))}
     return names

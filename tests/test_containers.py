@@ -29,7 +29,7 @@ SBATCH = DOCKER / "slurm" / "train.sbatch"
 TORCH = "2.11.0a0+a6c236b9fd.nv26.03.46836102"  # of nvcr.io/nvidia/pytorch:26.03-py3
 (BOUNDS,) = (
     need
-    for need in tomllib.loads((ROOT / "sub-packages/megacell-geneformer/pyproject.toml").read_text())["project"][
+    for need in tomllib.loads((ROOT / "sub-packages/megacell-training/pyproject.toml").read_text())["project"][
         "dependencies"
     ]
     if need.startswith("torch>")
@@ -64,7 +64,8 @@ def test_the_build_is_sent_what_it_copies_and_no_tests():
             for source in line.split()[:-1]:
                 assert any(name == source or name.startswith(f"{source}/") for name in sent), source
     assert not [name for name in sent if "/tests/" in name or name.startswith((".git", "docs"))]
-    assert {"configs/pretrain.yaml", "sub-packages/megacell-store/src/megacell/store/cli.py"} <= sent
+    for name in ("core/cli/main.py", "training/configs/launcher/local.yaml", "geneformer/configs/pretrain.yaml"):
+        assert f"sub-packages/megacell-{name.split('/')[0]}/src/megacell/{name}" in sent
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])

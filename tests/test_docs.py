@@ -17,6 +17,8 @@ import yaml
 
 import megacell.geneformer
 import megacell.store
+from megacell.core.errors import MegacellError
+from megacell.training.family import find_family
 
 DOCS = shown.ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -39,6 +41,9 @@ FOREIGN = {"--ntasks=…", "--ntasks-per-node", "--shm-size", "--gpus", "--user"
 
 LOADED = re.compile(r'(?:<(?:script|img|iframe)\b[^>]*?\bsrc|<link\b[^>]*?stylesheet[^>]*?\bhref)="([^"]+)"')
 OPTION = re.compile(r"(\w+)\.[\w.]*\w(?==|$)")
+SOURCE = re.compile(
+    r"^(core|store|training|geneformer|megacell|sub-packages|tests|docs|benchmarks|docker)/[a-z_0-9./-]+$"
+)
 FILE = re.compile(r".*\.(csv|html|json|md|nemo|npy|parquet|pkl|py|safetensors|store|yaml)$")
 
 
@@ -79,7 +84,7 @@ def test_every_command_that_is_shown_is_one(page):
     for command in shown.commands(page):
         try:
             shown.check(command)
-        except (SystemExit, megacell.core.errors.MegacellError) as error:
+        except (SystemExit, MegacellError) as error:
             pytest.fail(f"{command}\n{error}")
 
 
@@ -94,6 +99,15 @@ def test_every_option_that_is_named_is_one(page):
     groups = {name.split(".")[0] for name in shown.settings() if "." in name}
     named = {m[0] for span in spans if (m := OPTION.match(span)) and m[1] in groups and not FILE.match(m[0])}
     assert not named - shown.settings()
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(shown.ROOT / name for name in ("README.md", "CONTRIBUTING.md"))], ids=page_of
+)
+def test_every_file_that_is_named_is_there(page):
+    roots = (shown.ROOT, *shown.ROOT.glob("sub-packages/*/src/megacell"), *shown.ROOT.glob("sub-packages/*/src"))
+    named = {m[0] for span in shown.spans(page) if (m := SOURCE.match(span))}
+    assert not [name for name in named if not any((root / name).exists() for root in roots)]
 
 
 def test_there_are_commands_on_the_pages():
@@ -116,7 +130,7 @@ def test_the_table_of_memory_is_what_its_formulas_give():
     sizes, told = ({row[0].split("`")[1]: row for row in map(cells, text.splitlines()) if row} for text in pages)
     assert len(told) == 10
     for name, row in told.items():
-        model = yaml.safe_load((shown.ROOT / "configs/model" / f"{name}.yaml").read_text())
+        model = yaml.safe_load((find_family("geneformer").configs / "model" / f"{name}.yaml").read_text())
         millions, genes = re.match(r"([\d.]+) M, ([\d,]+)", sizes[name][5]).groups()
         parameters = float(millions) * 1e6
         held = [parameters / T * (2 + 4 + 12 / D) / GIB for T, D in ((1, 1), (1, 8), (2, 4))]

@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 import restore
 import scipy.sparse as sp
-from conftest import STEPS
-from runs import Command, checkpoints, everything_in, fine, here, metrics, one_line
+from runs import STEPS, Command, checkpoints, everything_in, fine, here, metrics, one_line
 
 from megacell.core.cli.main import main
 from megacell.geneformer import Vocabulary

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input is one line that names place and mend, with the exit code of its kind, and leaves nothing half written."""
+"""Bad input is one line that names place and fix, with the exit code of its kind, and leaves nothing half written."""
 
 import contextlib
 import resource
@@ -122,7 +122,7 @@ def few_genes(path):
 
 @dataclass(frozen=True)
 class File:
-    """A file that is refused: what makes it, and what the line says of the reason and of the mend."""
+    """A file that is refused: what makes it, and what the line says of the reason and of the fix."""
 
     make: Callable[[Path], object]
     says: tuple[str, ...]
@@ -309,7 +309,7 @@ def test_pretrain_refuses_weights_of_another_vocabulary_before_a_run_folder_is_m
     refuses(DATA, (str(copies[0]), "another vocabulary"), "pretrain", *words, process=True)
 
 
-# models, and what is asked of them
+# commands on models
 
 
 MODELS = {

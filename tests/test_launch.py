@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
+from megacell.core import cache as array_cache
 from megacell.core.cli.main import main as megacell
-from megacell.geneformer.tokens import lengths
 from megacell.training.distributed import launch
 from megacell.training.run import sweep as sweep_module
 from ranks import free_port
@@ -288,21 +288,21 @@ class Heard(logging.Handler):
 def heard():
     """What one of our modules says in its log; Hydra's own changes to the root of all logs are undone."""
     root, handler = logging.getLogger(), Heard()
-    kept = root.handlers[:], root.level, lengths.log.disabled
-    lengths.log.addHandler(handler)
+    kept = root.handlers[:], root.level, array_cache.log.disabled
+    array_cache.log.addHandler(handler)
     yield handler.said
-    lengths.log.removeHandler(handler)
-    root.handlers[:], root.level, lengths.log.disabled = kept
+    array_cache.log.removeHandler(handler)
+    root.handlers[:], root.level, array_cache.log.disabled = kept
 
 
 def test_warnings_of_ours_are_heard_in_a_sweep_and_after_it(settings, heard, tmp_path, monkeypatch):
     def one(cfg) -> float:
-        lengths.log.warning("in run %s", cfg.seed)
+        array_cache.log.warning("in run %s", cfg.seed)
         return 0.0
 
     monkeypatch.setattr(sweep_module, "one", one)
     assert sweep_module.main([*settings, f"out={tmp_path / 'sweep'}", "seed=1,2"]) == 0
-    lengths.log.warning("after it")
+    array_cache.log.warning("after it")
     assert heard == ["in run 1", "in run 2", "after it"]
 
 

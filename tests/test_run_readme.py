@@ -4,7 +4,6 @@
 import re
 import shlex
 import sys
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,6 +11,7 @@ from omegaconf import OmegaConf
 from runs import Command, fine
 
 from megacell.core.cli.main import build_parser
+from megacell.training.family import About
 from megacell.training.run import run_readme
 
 
@@ -57,15 +57,13 @@ def test_every_file_that_a_run_names_is_there(copies):
 
 
 def test_a_run_that_goes_on_says_so(tmp_path, monkeypatch):
-    store = type("Store", (), {"generation": 1, "digest": "d1", "__len__": lambda self: 5})()
-    vocabulary = SimpleNamespace(name="own", gene_ids=["a"], hash="h1")
-    data = SimpleNamespace(store=store, vocabulary=vocabulary)
-    options = {"store": "s", "out": "r", "resume": False, "devices": 1, "log_every": 1, "checkpoint": {"keep": 2}}
+    about = About(made_from="Made up.")
+    options = {"out": "r", "resume": False, "devices": 1, "log_every": 1, "checkpoint": {"keep": 2}}
     monkeypatch.setattr(sys, "argv", ["cli.py", "pretrain", "out=a run"])
-    run_readme.write_readme(tmp_path, OmegaConf.create(options), data)
+    run_readme.write_readme(tmp_path, OmegaConf.create(options), about)
     before = (tmp_path / run_readme.NAME).read_text()
     monkeypatch.setattr(sys, "argv", ["cli.py", "pretrain", "out=a run", "resume=true", "steps=9"])
-    run_readme.write_readme(tmp_path, OmegaConf.create({**options, "resume": True}), data)
+    run_readme.write_readme(tmp_path, OmegaConf.create({**options, "resume": True}), about)
     after = (tmp_path / run_readme.NAME).read_text()
     assert after.startswith(before)
     assert "      megacell pretrain 'out=a run'\n" in before

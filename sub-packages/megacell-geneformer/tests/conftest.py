@@ -1,24 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real cells and published dictionaries, and a small store in memory for what real files do not show."""
+"""Real cells and published dictionaries; vocabularies and models that are made up."""
 
-import os
 import sys
-from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.sparse as sp
-from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # hugging.py
 
-settings.register_profile("megacell", deadline=None)  # a first example may have to wait for the compiler
-settings.load_profile("megacell")
-
-DATA = Path(os.environ.get("MEGACELL_TEST_DATA") or Path(__file__).parents[4] / "shared" / "data")
 PARTS = {
     "tokens": "token_dictionary_{}.pkl",
     "medians": "gene_median_dictionary_{}.pkl",
@@ -26,63 +17,6 @@ PARTS = {
     "symbols": "gene_name_id_dict_{}.pkl",
 }
 EDITIONS = {"V1": "gc30M", "V2": "gc104M"}
-
-
-class StoreInMemory:
-    """What the package asks of a `CellStore`, over a matrix: any donors, sources and panels, no files."""
-
-    def __init__(
-        self, counts, gene_ids=None, symbols=None, biotypes=None, donors=None, sources=None, subsets=(), normalised=()
-    ):
-        self.matrix = sp.csr_matrix(counts, dtype=np.float32)
-        self.matrix.sort_indices()
-        cells, genes = self.matrix.shape
-        self.path, self.generation, self.digest = (
-            Path("made-up"),
-            1,
-            blake2b(self.matrix.data.tobytes()).hexdigest()[:16],
-        )
-        self.gene_ids = np.array([f"ENSG{g:011d}" for g in range(genes)] if gene_ids is None else gene_ids, object)
-        self.symbols = np.array([""] * genes if symbols is None else symbols, object)
-        self.biotypes = np.array([""] * genes if biotypes is None else biotypes, object)
-        names = ["a.h5ad"] * cells if sources is None else sources
-        codes, seen = pd.factorize(np.asarray(names, object))
-        self.source_of = codes.astype(np.uint32)
-        kind = {True: "length-normalised", False: "umi"}
-        self.sources = [
-            SimpleNamespace(name=n, subset=n in subsets, kind=kind[n in normalised], hash=f"of {n}") for n in seen
-        ]
-        self.obs = pd.DataFrame({"source": names})
-        if donors is not None:
-            self.obs["donor_id"] = pd.Categorical(donors)
-        self.obs_columns = list(self.obs.columns)
-        self.cell_hash = np.array(
-            [int(blake2b(r.indices.tobytes() + r.data.tobytes(), digest_size=8).hexdigest(), 16) for r in self.matrix],
-            np.uint64,
-        )
-
-    def __len__(self):
-        return self.matrix.shape[0]
-
-    def obs_column(self, name):
-        return self.obs[name]
-
-    def obs_slice(self, columns=None, start=0, stop=None):
-        frame = self.obs[self.obs_columns if columns is None else list(columns)].iloc[start:stop]
-        return frame.set_axis(range(start, start + len(frame)))
-
-    def gather(self, cells, empty=None):
-        block = self.matrix[np.asarray(cells)]
-        block.sort_indices()
-        return block.indptr.astype(np.int64), block.indices.astype(np.uint16), block.data
-
-
-@pytest.fixture(scope="session")
-def data():
-    """The folder of real cells and published dictionaries."""
-    if not DATA.is_dir():
-        pytest.skip(f"no test data at {DATA}: set MEGACELL_TEST_DATA to the folder that holds cells/ and geneformer/")
-    return DATA
 
 
 @pytest.fixture(scope="session")
@@ -126,20 +60,6 @@ def real_store(data, tmp_path_factory):
     return CellStore.open(path)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """A cache of each test's own."""
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MEGACELL_CACHE", str(path))
-    return path
-
-
-@pytest.fixture(scope="session")
-def made_up():
-    """The class of stores in memory."""
-    return StoreInMemory
-
-
 @pytest.fixture(scope="session")
 def vocabulary_for():
     """Make a vocabulary of n genes: ENSG00000000000 …, medians given or all different."""
@@ -170,7 +90,7 @@ def model_for():
 
     from megacell.geneformer.model.config import ModelConfig
     from megacell.geneformer.model.geneformer_model import GeneformerModel
-    from megacell.training.nn.weights import initialise
+    from megacell.geneformer.model.initial_weights import initialise
 
     def make(vocabulary, provenance=None, **sizes):
         network = {"layers": 3, "hidden": 32, "ffn": 64, "heads": 4, "max_length": vocabulary.max_length,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the store's tests share: real cells, made ones, and files of every layout."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +20,9 @@ from megacell.store import CellStore
 
 
 @pytest.fixture(scope="session")
-def real_cells() -> Path:
+def real_cells(data: Path) -> Path:
     """The folder of real .h5ad files."""
-    beside = Path(__file__).resolve().parents[4] / "shared" / "data"
-    folder = Path(os.environ.get("MEGACELL_TEST_DATA", beside)) / "cells"
-    if not folder.is_dir():
-        pytest.skip(f"real cells are absent: no {folder}; set MEGACELL_TEST_DATA")
-    return folder
+    return data / "cells"
 
 
 @pytest.fixture

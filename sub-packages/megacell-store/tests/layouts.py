@@ -8,7 +8,18 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+import pytest
 import scipy.sparse as sp
+
+from megacell.store.format import blocks
+from megacell.store.sources import layouts
+
+
+def small_blocks(patch: pytest.MonkeyPatch, values: int, rows: int = blocks.ROWS) -> None:
+    """Have sources read in blocks of at most so many values and rows, so that a few cells are several."""
+    for module in (blocks, layouts):
+        patch.setattr(module, "VALUES", values)
+        patch.setattr(module, "ROWS", rows)
 
 
 def make_counts(cells: int, genes: int, seed: int = 0, depth: float = 3000.0) -> np.ndarray:

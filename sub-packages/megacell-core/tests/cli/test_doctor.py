@@ -6,14 +6,15 @@ import os
 import resource
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
 
-from megacell.core import findings, machine
+from megacell.core import findings, machine, versions
+from megacell.core.cli import doctor
 from megacell.core.cli.main import main
-from megacell.core.findings import Finding
+from megacell.core.findings import OK, WRONG, Finding
 
 
 @pytest.fixture
@@ -34,26 +35,22 @@ def root(tmp_path):
 def installed(monkeypatch):
     """A function that makes up which packages are installed, and what ours need."""
 
-    def make_up(needs: list[str], **versions: str):
+    def make_up(needs: dict[str, list[str]], **installed: str):
         def version(name: str) -> str:
-            if name.replace("-", "_") not in versions:
+            if name.replace("-", "_") not in installed:
                 raise PackageNotFoundError(name)
-            return versions[name.replace("-", "_")]
+            return installed[name.replace("-", "_")]
 
-        def requires(name: str) -> list[str]:
-            if name != "ours":
-                raise PackageNotFoundError(name)
-            return needs
-
-        monkeypatch.setattr(findings, "version", version)
-        monkeypatch.setattr(findings, "requires", requires)
+        monkeypatch.setattr(versions, "version", version)
+        monkeypatch.setattr(versions, "requires", needs.__getitem__)
 
     return make_up
 
 
-def test_a_version_out_of_bounds_is_wrong_and_its_mend_is_a_command(installed):
-    installed(["numpy<3,>=2.0", "scipy>=1.13", "h5py>=3", "pytest>=8; extra == 'test'"], numpy="1.26.4", scipy="1.17.1")
-    found = findings.package_versions(["ours", "not-here"], ["scipy"], ["flash-attn"])
+def test_a_version_out_of_bounds_is_wrong_and_its_fix_is_a_command(installed):
+    needs = ["numpy<3,>=2.0", "scipy>=1.13", "h5py>=3", "pytest>=8; extra == 'test'"]
+    installed({"ours": needs}, ours="1", numpy="1.26.4", scipy="1.17.1")
+    found = versions.package_versions(["ours", "not-here"], ["scipy", "zarr"], ["flash-attn"])
     assert found == [
         Finding("versions", "scipy", "1.17.1"),
         Finding("versions", "numpy", "1.26.4, Megacell needs <3,>=2.0", "wrong", "pip install 'numpy<3,>=2.0'"),
@@ -63,17 +60,43 @@ def test_a_version_out_of_bounds_is_wrong_and_its_mend_is_a_command(installed):
     assert not findings.will_work(found)
 
 
+def test_a_package_is_within_the_bounds_of_all_of_ours(installed):
+    installed({"one": ["numpy<3"], "other": ["numpy>=2"]}, one="1", other="1", numpy="1.26.4")
+    (found,) = versions.package_versions(["one", "other"], [])
+    assert (found.state, found.value) == (WRONG, "1.26.4, Megacell needs <3,>=2")
+    installed({"one": ["zarr"]}, one="1")
+    assert versions.package_versions(["one"], [])[0].value == "not installed, Megacell needs it"
+
+
 def test_a_pre_release_within_the_bounds_is_well(installed):
-    installed(["torch<2.14,>=2.10"], torch="2.11.0a0+a6c236b9fd.nv26.03")
-    assert findings.will_work(findings.package_versions(["ours"], ["torch"], []))
-    installed(["torch<2.14,>=2.10"], torch="2.10.0a0+b4e4ee81d3.nv25.12")
-    assert not findings.will_work(findings.package_versions(["ours"], ["torch"], []))
+    installed({"ours": ["torch<2.14,>=2.10"]}, ours="1", torch="2.11.0a0+a6c236b9fd.nv26.03")
+    assert findings.will_work(versions.package_versions(["ours"], ["torch"]))
+    installed({"ours": ["torch<2.14,>=2.10"]}, ours="1", torch="2.10.0a0+b4e4ee81d3.nv25.12")
+    assert not findings.will_work(versions.package_versions(["ours"], ["torch"]))
+
+
+@pytest.mark.parametrize(
+    ("here", "expected", "version"),
+    [
+        ({"megacell": "2.0"}, ["megacell"], "2.0"),
+        ({"megacell_core": "2.0", "megacell_store": "2.0"}, ["megacell-core", "megacell-store"], "2.0"),
+        ({}, [], "unknown"),
+    ],
+    ids=["the whole", "sub-packages", "none"],
+)
+def test_our_distributions_are_known_by_their_entry_points(here, expected, version, installed, monkeypatch):
+    points = [EntryPoint("store", "a:b", versions.COMMANDS), EntryPoint("unknown", "a:b", versions.COMMANDS)]
+    vars(points[0])["dist"] = SimpleNamespace(name="megacell-store")
+    monkeypatch.setattr(versions, "entry_points", lambda group: [each for each in points if each.group == group])
+    installed({}, **here)
+    assert versions.own_distributions() == expected
+    assert versions.installed_version() == version
 
 
 @pytest.mark.parametrize(("version", "state"), [((3, 11, 7), "ok"), ((3, 10, 1), "wrong"), ((3, 14, 0), "wrong")])
 def test_python_has_to_be_one_that_megacell_takes(version, state, monkeypatch):
     monkeypatch.setattr(sys, "version_info", version)
-    assert machine.python_version().state == state
+    assert versions.python_version().state == state
 
 
 @pytest.mark.parametrize(
@@ -107,22 +130,22 @@ def test_memory_is_what_the_container_leaves(root):
 
 
 @pytest.mark.parametrize(("free", "state"), [(8 * 2**30, "ok"), (60 * 2**20, "warning")])
-def test_docker_s_small_shared_memory_is_told(free, state, monkeypatch, tmp_path):
+def test_dockers_small_shared_memory_is_found(free, state, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=free, free=free))
     found = machine.shared_memory(tmp_path)
-    assert (found.state, "--ipc host" in found.mend) == (state, state == "warning")
+    assert (found.state, "--ipc host" in found.fix) == (state, state == "warning")
 
 
-def test_no_shared_memory_at_all_is_told(tmp_path):
+def test_no_shared_memory_at_all_is_found(tmp_path):
     assert machine.shared_memory(tmp_path / "none").value == "not there"
 
 
 @pytest.mark.parametrize(("limits", "state"), [((256, 4096), "warning"), ((1024, 4096), "ok"), ((-1, -1), "ok")])
-def test_few_open_files_are_told_with_the_command_that_mends_it(limits, state, monkeypatch):
+def test_few_open_files_are_found_with_the_command_that_fixes_it(limits, state, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
     found = machine.open_files()
     assert found.state == state
-    assert ("ulimit -n 4096" in found.mend) == (state == "warning")
+    assert ("ulimit -n 4096" in found.fix) == (state == "warning")
 
 
 MOUNTS = """\
@@ -136,7 +159,7 @@ MOUNTS = """\
     ("kind", "state"), [("nfs4", "warning"), ("lustre", "warning"), ("fuse.sshfs", "warning"), ("tmpfs", "warning"),
                         ("xfs", "ok"), ("ext4", "ok")],
 )  # fmt: skip
-def test_a_file_system_is_named_and_a_slow_or_passing_one_told(kind, state, root, tmp_path, monkeypatch):
+def test_a_file_system_is_named_and_a_slow_or_passing_one_found(kind, state, root, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, free=2**39))
     (tmp_path / "work" / "runs").mkdir(parents=True)
     here = root(proc__self__mountinfo=MOUNTS.format(work=tmp_path / "work", kind=kind))
@@ -156,7 +179,7 @@ def test_a_disk_is_measured_and_left_clean(tmp_path):
 
 
 @pytest.mark.parametrize(("read", "state"), [(50e6, "warning"), (500e6, "ok")])
-def test_a_slow_disk_is_told(read, state, monkeypatch, tmp_path):
+def test_a_slow_disk_is_found(read, state, monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "measure_disk", lambda path: machine.Speed(write=200e6, read=read, cold=True))
     writing, reading = machine.disk(tmp_path, measure=True)[2:]
     assert writing.value == "200 MB/s"
@@ -181,7 +204,7 @@ def test_a_path_that_cannot_be_written_may_hold_a_store(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def doctor(monkeypatch, capsys):
+def run_doctor(capsys):
     """A function that runs `megacell doctor --quick` and returns exit code, output and errors."""
 
     def run(*words: object):
@@ -192,15 +215,15 @@ def doctor(monkeypatch, capsys):
     return run
 
 
-def test_the_exit_code_says_whether_all_will_work(doctor, monkeypatch, tmp_path):
-    code, out, _ = doctor("--json", "--path", tmp_path)
-    told = json.loads(out)
-    assert (code, told["will_work"]) == (0, True)
-    assert {"topic", "name", "value", "state", "mend"} == set(told["findings"][0])
+def test_the_exit_code_says_whether_all_will_work(run_doctor, monkeypatch, tmp_path):
+    code, out, _ = run_doctor("--json", "--path", tmp_path)
+    answer = json.loads(out)
+    assert (code, answer["will_work"]) == (0, True)
+    assert {"topic", "name", "value", "state", "fix"} == set(answer["findings"][0])
     monkeypatch.setattr(machine, "open_files", lambda: Finding("machine", "open files", "3", "wrong", "raise it"))
-    code, out, _ = doctor("--json", "--path", tmp_path)
+    code, out, _ = run_doctor("--json", "--path", tmp_path)
     assert (code, json.loads(out)["will_work"]) == (1, False)
-    code, out, _ = doctor("--path", tmp_path)
+    code, out, _ = run_doctor("--path", tmp_path)
     lines = [line.strip() for line in out.splitlines()]
     assert code == 1
     assert any(line.startswith("x open files") for line in lines)
@@ -208,7 +231,26 @@ def test_the_exit_code_says_whether_all_will_work(doctor, monkeypatch, tmp_path)
     assert "\x1b" not in out, "no colours where there is no terminal"
 
 
-def test_a_path_that_is_not_there_is_refused(doctor, tmp_path):
-    code, out, err = doctor("--path", tmp_path / "none")
+def test_a_path_that_is_not_there_is_refused(run_doctor, tmp_path):
+    code, out, err = run_doctor("--path", tmp_path / "none")
     assert (code, out) == (2, "")
     assert "no such folder" in err
+
+
+def test_packages_bring_checks_that_are_loaded_when_doctor_runs(run_doctor, monkeypatch, tmp_path):
+    asked = []
+
+    def check(quick):
+        asked.append(quick)
+        return [Finding("made up", "name", "value", WRONG, "fix it"), versions.python_version()]
+
+    point = SimpleNamespace(name="made-up", load=lambda: check)
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [point] if group == versions.CHECKS else [])
+    code, out, _ = run_doctor("--json", "--path", tmp_path)
+    names = [finding["name"] for finding in json.loads(out)["findings"]]
+    assert (code, asked) == (1, [True])
+    assert names[-1] == "name"
+    assert names.count("python") == 1, "what two packages find is printed once"
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [])
+    code, out, _ = run_doctor("--json", "--path", tmp_path)
+    assert (code, {finding["state"] for finding in json.loads(out)["findings"]} <= {OK, "warning"}) == (0, True)

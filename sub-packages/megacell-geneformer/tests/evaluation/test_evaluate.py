@@ -16,7 +16,8 @@ from megacell.geneformer.evaluation.evaluate import PREDICTORS, Evaluation, eval
 from megacell.geneformer.interchange import hugging_face
 from megacell.geneformer.interchange.open import open_model
 from megacell.geneformer.model.bert import Pack
-from megacell.geneformer.pretraining.data import TrainingData, fit_frequencies, frequency_losses
+from megacell.geneformer.pretraining.data import TrainingData
+from megacell.geneformer.pretraining.frequency_baselines import fit_frequencies, frequency_losses
 from megacell.geneformer.tokens.masking import MaskSettings
 from megacell.geneformer.tokens.tokenize import tokenize
 from megacell.geneformer.vocabulary.build import build_vocabulary

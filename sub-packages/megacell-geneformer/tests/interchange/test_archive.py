@@ -18,7 +18,7 @@ from megacell.core.cli import main as cli
 from megacell.core.errors import DataError, MegacellError
 from megacell.geneformer.interchange import hugging_face
 from megacell.geneformer.interchange.open import check_fit, open_model
-from megacell.geneformer.model.geneformer_model import GeneformerModel
+from megacell.geneformer.model.geneformer_model import GeneformerArchive, GeneformerModel
 from megacell.training.interchange import nemo
 from megacell.training.interchange import safe_archive as archive
 
@@ -238,7 +238,7 @@ def test_it_is_refused_with_its_reason(change, words, mode, members, places, mon
 def test_neither_are_nemos_own_ways_of_restoring_fooled(members, places):
     added("./a", type=tarfile.SYMTYPE, linkname="/etc/passwd")(members)
     write(places / "bad.nemo", members)
-    for restore in (GeneformerModel.restore_from, lambda path: nemo.NemoArchive._unpack_nemo_file(path, str(places))):
+    for restore in (GeneformerModel.restore_from, lambda path: GeneformerArchive._unpack_nemo_file(path, str(places))):
         with pytest.raises(DataError, match="neither file nor folder"):
             restore(str(places / "bad.nemo"))
     assert sorted(p.name for p in places.iterdir()) == ["bad.nemo", "temporary"]

@@ -10,18 +10,18 @@ from megacell.geneformer.interchange import hugging_face
 from megacell.geneformer.interchange.hugging_face import to_ours
 from megacell.geneformer.model.bert import PackedBert
 from megacell.geneformer.model.config import ModelConfig
-from megacell.training.config import settings
+from megacell.geneformer.pretraining.family import GENEFORMER
 from megacell.training.distributed import device
 from megacell.training.nn.layout import Layout
 from megacell.training.nn.weights import copy_whole
 
 transformers = pytest.importorskip("transformers")
-NAMES = sorted(p.stem for p in (settings.config_dir() / "model").glob("*.yaml") if p.stem != "tiny")
+NAMES = sorted(p.stem for p in (GENEFORMER.configs / "model").glob("*.yaml") if p.stem != "tiny")
 VARIANTS = [(norm, activation) for norm in ("post", "pre") for activation in ("relu", "gelu")]
 
 
 def published(name: str, **changes) -> ModelConfig:
-    values = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / f"{name}.yaml"))
+    values = OmegaConf.to_container(OmegaConf.load(GENEFORMER.configs / "model" / f"{name}.yaml"))
     return ModelConfig.of({**values, "vocabulary_size": 103, **changes})
 
 

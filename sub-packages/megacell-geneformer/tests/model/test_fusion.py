@@ -10,10 +10,10 @@ import torch
 from megacell.core.errors import UsageError
 from megacell.geneformer.model.bert import Pack, PackedBert
 from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.initial_weights import initialise
 from megacell.training.distributed import device
 from megacell.training.nn import fusion
 from megacell.training.nn.layout import Layout
-from megacell.training.nn.weights import initialise
 
 SIZES = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 4, "max_length": 64, "vocabulary_size": 104,
          "attention_dropout": 0.0, "layernorm_epsilon": 1e-12, "init_std": 0.02, "scaled_init": True}  # fmt: skip

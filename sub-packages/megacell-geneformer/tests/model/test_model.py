@@ -16,12 +16,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megacell.core.errors import UsageError
 from megacell.geneformer.model.bert import Pack, PackedBert
 from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.initial_weights import PADDING_BIAS
 from megacell.training.distributed import device
 from megacell.training.nn import attention_backends as backends
 from megacell.training.nn import packed_attention as attention
 from megacell.training.nn.cross_entropy import cut_cross_entropy
 from megacell.training.nn.layout import ATTENTIONS, Layout
-from megacell.training.nn.weights import PADDING_BIAS
 
 LENGTHS = (1, 7, 40, 2, 19)
 HEADS, SIZE = 4, 8

@@ -12,12 +12,14 @@ from omegaconf import OmegaConf
 from megacell.core.errors import UsageError
 from megacell.geneformer.model.bert import PackedBert
 from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.pretraining.family import GENEFORMER
+from megacell.geneformer.pretraining.settings import model_config
 from megacell.training.config import settings
 from megacell.training.distributed import device
 from megacell.training.engine import schedule
 from megacell.training.nn.layout import Layout
 
-GROUPS = {group: sorted(p.stem for p in (settings.config_dir() / group).glob("*.yaml"))
+GROUPS = {group: sorted(p.stem for p in (GENEFORMER.configs / group).glob("*.yaml"))
           for group in ("model", "optim", "experiment")}  # fmt: skip
 COUNTS = {  # vocabulary, and the parameters that Hugging Face's BERT of these sizes has
     "geneformer_v1_10m": (25426, 10_288_722),
@@ -66,7 +68,7 @@ TRAINING = {  # rate, schedule, warm-up, weight decay, cells a step, steps where
 
 
 def network(name: str, vocabulary: int) -> ModelConfig:
-    values = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / f"{name}.yaml"))
+    values = OmegaConf.to_container(OmegaConf.load(GENEFORMER.configs / "model" / f"{name}.yaml"))
     return ModelConfig.of({**values, "vocabulary_size": vocabulary})
 
 
@@ -126,13 +128,13 @@ def test_hugging_faces_bert_of_these_sizes_has_as_many(name):
 def test_every_published_configuration_names_its_source(group):
     ours = {"tiny", "adamw", "demo"}
     for name in set(GROUPS[group]) - ours:
-        assert "Source: " in (settings.config_dir() / group / f"{name}.yaml").read_text(), name
+        assert "Source: " in (GENEFORMER.configs / group / f"{name}.yaml").read_text(), name
 
 
 @pytest.mark.parametrize("name", GROUPS["model"])
 def test_every_model_composes(name):
     cfg = settings.compose([*GIVEN, f"model={name}", "batch.tokens=8192"])
-    assert settings.model_config(cfg, 1000).to_dict() == network(name, 1000).to_dict()
+    assert model_config(cfg, 1000).to_dict() == network(name, 1000).to_dict()
 
 
 @pytest.mark.parametrize("name", GROUPS["experiment"])
@@ -140,7 +142,7 @@ def test_every_experiment_composes_once_what_was_not_published_is_given(name):
     given = LACKING.get(name, [])
     cfg = settings.compose([*GIVEN, f"experiment={name}", *given])
     if name in GROUPS["model"]:
-        assert settings.model_config(cfg, 1000).to_dict() == network(name, 1000).to_dict()
+        assert model_config(cfg, 1000).to_dict() == network(name, 1000).to_dict()
     for left_out in given:
         rest = [g for g in given if g != left_out]
         with pytest.raises(UsageError, match=f"{left_out.split('=')[0]}=… must be given"):

@@ -10,8 +10,9 @@ import pytest
 from scipy.stats import binom
 
 from megacell.core.errors import DataError, UsageError
-from megacell.geneformer.pretraining.data import TrainingData, fit_frequencies, frequency_losses
-from megacell.geneformer.tokens.token_dataset import TokenFolder
+from megacell.geneformer.pretraining.data import TrainingData
+from megacell.geneformer.pretraining.frequency_baselines import fit_frequencies, frequency_losses
+from megacell.geneformer.tokens.token_dataset import TokenFolder, open_cells
 from megacell.geneformer.tokens.tokenize import tokenize
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore, convert
@@ -53,6 +54,11 @@ def opened(settings):
     return lambda *options, **given: TrainingData.open(settings(*options, **given))
 
 
+def recorded(path, vocabulary, record):
+    """Open cells as a record of them has them."""
+    return open_recorded(path, record, lambda path, generation: open_cells(path, vocabulary, generation))
+
+
 def cells_of(stream, steps):
     return np.concatenate([batch.cells for k in steps for batch in stream.step(k)])
 
@@ -88,7 +94,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("option", "error", "message"),
         [
-            ("data.where=colour == 1", UsageError, "'colour' is not defined.*columns are .*cell_type"),
+            ("data.where=colour == 1", UsageError, "there is no column 'colour'.*columns are .*cell_type"),
             ("data.where=cell_type ==", UsageError, "the query 'cell_type ==' fails"),
             ("data.where=cell_type == 'none'", DataError, "no cell is left by"),
             ("data.exclude={colour:[red]}", UsageError, "no obs column 'colour'; there are .*cell_type"),
@@ -267,15 +273,15 @@ class TestAGrownStore:
     def test_a_generation_that_is_gone_is_refused(self, vocabulary, grown, real_store):
         (grown / "manifest-1.json").unlink()
         with pytest.raises(DataError, match=r"2,370 cells of generation 1 .* can no longer be opened .*init="):
-            open_recorded(grown, vocabulary, store_record(real_store))
+            recorded(grown, vocabulary, store_record(real_store))
 
     @pytest.mark.parametrize("change", [{"digest": "0" * 16}, {"digest": "0" * 16, "generation": 2}], ids=str)
     def test_another_store_is_refused(self, change, vocabulary, grown, real_store):
         with pytest.raises(DataError, match=r"has not the 2,370 cells of generation \d that the run was started on"):
-            open_recorded(grown, vocabulary, {**store_record(real_store), **change})
+            recorded(grown, vocabulary, {**store_record(real_store), **change})
 
     def test_the_same_store_is_opened_without_a_word(self, vocabulary, real_store):
-        store, line = open_recorded(real_store.path, vocabulary, store_record(real_store))
+        store, line = recorded(real_store.path, vocabulary, store_record(real_store))
         assert line is None
         assert store.digest == real_store.digest
 
@@ -289,4 +295,4 @@ def test_of_a_tokenised_corpus_it_is_not_known_what_was_measured(opened, real_st
     kinds = data.store.obs_slice()["cell_type"].to_numpy(object)
     assert "B" not in set(kinds[cells_of(data.stream(), range(20))].tolist())
     with pytest.raises(DataError, match="has not"):
-        open_recorded(tmp_path / "corpus", vocabulary, store_record(real_store))
+        recorded(tmp_path / "corpus", vocabulary, store_record(real_store))

@@ -66,30 +66,3 @@ def test_a_broken_cache_is_counted_anew(content, store, vocabulary_for, cache):
     (file,) = (cache / "lengths").iterdir()
     file.write_bytes(content)
     assert token_lengths(store, vocabulary_for()).tolist() == [20] * 50
-
-
-def test_a_cache_that_cannot_be_written_costs_the_count_only(store, vocabulary_for, monkeypatch, tmp_path):
-    said: list[str] = []  # not by way of caplog, which hears nothing where another test has set up logging
-    monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MEGACELL_CACHE", str(tmp_path / "file"))
-    assert token_lengths(store, vocabulary_for()).tolist() == [20] * 50
-    assert len(said) == 1
-    assert "set MEGACELL_CACHE" in said[0]
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"MEGACELL_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/megacell"),
-        ({"HOME": "/c"}, "/c/.cache/megacell"),
-    ],
-    ids=["its own variable", "XDG", "home"],
-)
-def test_the_cache_stands_where_it_is_told(environment, expected, monkeypatch):
-    for name in ("MEGACELL_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert str(module.cache_directory()) == expected

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches: packed as they say, the same cells and tokens for any number of ranks, at any step, in any thread."""
+"""Streams of tokens: packed as they say, the same tokens and masks for any number of ranks, in any thread."""
 
 from itertools import pairwise
 
@@ -11,7 +11,8 @@ from megacell.geneformer.tokens.lengths import token_lengths
 from megacell.geneformer.tokens.masking import MaskSettings
 from megacell.geneformer.tokens.packing import Packer
 from megacell.geneformer.tokens.rank_encoder import RankEncoder, rank_encode
-from megacell.store.sampling.batch_stream import BatchStream
+from megacell.geneformer.tokens.stream import token_stream
+from megacell.store.sampling.order import Weighted
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def stream(store, vocabulary_for):
         lengths = given.pop("lengths", None)
         lengths = token_lengths(store, vocabulary) if lengths is None else lengths
         cells = given.pop("cells", np.arange(len(store)))
-        return BatchStream(store, vocabulary, cells, lengths, **given)
+        return token_stream(store, vocabulary, cells, lengths, **given)
 
     return make
 
@@ -77,7 +78,7 @@ def test_a_micro_batch_is_laid_out_as_it_says(stream, store, vocabulary_for):
 def test_pad_tokens_longer_than_any_cell_count_for_the_longest_sequence(made_up, vocabulary_for):
     store, vocabulary = made_up(np.eye(5)), vocabulary_for(5, max_length=8)
     lengths = token_lengths(store, vocabulary)
-    stream = BatchStream(
+    stream = token_stream(
         store, vocabulary, np.arange(5), lengths, max_length=8, global_batch=5, token_budget=64, multiple_of=64, seed=0
     )
     (batch,) = stream.step(0)
@@ -101,7 +102,7 @@ def test_ranks_share_out_the_same_real_cells(name, real_store, published):
     lengths = token_lengths(real_store, published["V2"])
 
     def cells_at(k, rank, ranks):
-        stream = BatchStream(
+        stream = token_stream(
             real_store, published["V2"], cells, lengths,
             max_length=2048, global_batch=64, token_budget=16_384, seed=5, rank=rank, ranks=ranks,
         )  # fmt: skip
@@ -119,28 +120,12 @@ def test_real_cells_are_what_rank_encode_makes_of_the_file(real_store, real_cell
     expected, cu = rank_encode(counts, ids, published["V2"], max_length=2048)
     lengths = token_lengths(real_store, published["V2"])
     assert real_store.sources[0].name == "pbmc4k_a"
-    stream = BatchStream(
+    stream = token_stream(
         real_store, published["V2"], np.arange(1100), lengths,
         max_length=2048, global_batch=100, token_budget=32_768, seed=0, masking=MaskSettings(rate=0), validation=True,
     )  # fmt: skip
     found = sorted(cell for k in range(stream.steps_per_epoch) for cell in cells_in(stream.step(k)))
     assert [tokens for _, tokens, _, _ in found] == [expected[a:b].tolist() for a, b in pairwise(cu)]
-
-
-def test_a_step_is_the_same_whenever_and_wherever_it_is_made(stream):
-    first = stream()
-    in_a_row = [cells_in(first.step(k)) for k in range(30)]
-    assert [cells_in(stream().step(k)) for k in reversed(range(30))] == in_a_row[::-1]
-    with stream().prefetched(12, 30, threads=1, depth=2) as ahead:
-        assert [cells_in(batches) for batches in ahead] == in_a_row[12:]
-
-
-def test_the_token_budget_changes_the_packs_and_nothing_else(stream):
-    assert sorted(cells_in(stream(token_budget=1000).step(3))) == sorted(cells_in(stream().step(3)))
-    assert len(stream(token_budget=1000).step(3)) == 1
-    parts = stream().step(3)
-    tokens = sum(b.n_tokens for b in parts)
-    assert -(-tokens // 150) <= len(parts) <= -(-tokens // 150) + 2
 
 
 def test_every_epoch_sees_each_cell_once_with_new_masks(stream):
@@ -156,46 +141,53 @@ def test_every_epoch_sees_each_cell_once_with_new_masks(stream):
     assert np.mean(differ) > 0.95
 
 
-def test_steps_of_an_epoch_are_rounded_up(stream):
-    assert stream().steps_per_epoch == 12
-    assert stream(global_batch=190).steps_per_epoch == 1
+def looks(batches):
+    """What a rank's micro-batches hold, byte for byte."""
+    arrays = ("tokens", "positions", "cu_seqlens", "masked", "labels", "cells")
+    return [[getattr(batch, name).tobytes() for name in arrays] + [batch.n_tokens] for batch in batches]
 
 
-def test_cells_without_a_known_gene_are_passed_over_and_counted(stream):
-    assert stream().skipped == 10
-    assert len(stream().cells) == 190
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_step_is_the_same_for_any_number_of_threads_and_from_any_step_on(ranks, stream):
+    last = 16  # into the second epoch of twelve steps
+    for rank in range(ranks):
+        made = stream(rank=rank, ranks=ranks)
+        expected = [looks(made.step(k)) for k in range(last)]
+        for threads in (0, 1, 4):
+            for first in (0, 5, last - 1):
+                with stream(rank=rank, ranks=ranks).prefetched(first, last, threads=threads, depth=2) as ahead:
+                    assert [looks(step) for step in ahead] == expected[first:]
 
 
-def test_a_batch_larger_than_the_epoch_holds_cells_of_several(stream):
-    found = cells_in(stream(cells=np.arange(1, 6), global_batch=12, token_budget=64).step(0))
-    assert sorted(np.bincount([cell for cell, *_ in found], minlength=6)[1:]) == [2, 2, 2, 3, 3]
+def test_validation_is_masked_otherwise_than_training_and_always_alike(stream):
+    validation, again = ({c[0]: c for c in cells_in(stream(validation=True, global_batch=190).step(0))} for _ in "ab")
+    training = {c[0]: c for c in cells_in(stream(global_batch=190).step(0))}
+    assert validation == again
+    assert validation.keys() == training.keys()
+    assert sum(validation[cell] == training[cell] for cell in training) < 10
 
 
-class TestValidation:
-    """Validation sees the same cells with the same masks every time."""
+def test_a_cell_that_is_drawn_often_is_masked_anew_each_time(stream):
+    drawn, seen = stream(order=Weighted(np.arange(190) % 3)), {}
+    for k in range(40):
+        for cell, tokens, *_ in cells_in(drawn.step(k)):
+            seen.setdefault(cell, []).append(tuple(tokens))
+    often = [rows for rows in seen.values() if len(rows) > 2 and len(rows[0]) > 20]
+    assert len(often) > 50
+    assert np.mean([len(set(rows)) / len(rows) for rows in often]) > 0.95
 
-    def test_cells_come_in_their_own_order_and_the_last_batch_is_short(self, stream):
-        validation = stream(validation=True, cells=np.arange(50, 90), token_budget=1000)
-        steps = [cells_in(validation.step(k)) for k in range(validation.steps_per_epoch)]
-        assert [len(step) for step in steps] == [16, 16, 6]
-        assert [cell for step in steps for cell, *_ in step] == [c for c in range(50, 90) if c % 20]
-        with pytest.raises(UsageError, match="step 3"):
-            validation.step(3)
 
-    def test_its_masks_are_not_those_of_training(self, stream):
-        validation = {c[0]: c for c in cells_in(stream(validation=True, global_batch=190).step(0))}
-        training = {c[0]: c for c in cells_in(stream(global_batch=190).step(0))}
-        assert validation.keys() == training.keys()
-        same = sum(validation[cell] == training[cell] for cell in training)
-        assert same < 10
+def test_evenness_is_that_of_the_batches(stream):
+    imbalance, fill = stream(ranks=4).evenness(3)
+    batches = [stream(rank=r, ranks=4).step(3) for r in range(4)]
+    tokens = [sum(b.n_tokens for b in share) for share in batches]
+    assert imbalance == pytest.approx(max(tokens) / np.mean(tokens) - 1)
+    assert fill == pytest.approx(sum(tokens) / sum(len(b.tokens) for share in batches for b in share))
 
-    def test_more_ranks_than_cells_leave_a_rank_without(self, stream):
-        shares = [stream(validation=True, cells=np.arange(1, 4), rank=r, ranks=4).step(0) for r in range(4)]
-        assert sorted(len(share) for share in shares) == [0, 1, 1, 1]
 
-    def test_prefetching_ends_with_the_cells(self, stream):
-        with stream(validation=True).prefetched(0, threads=1, depth=2) as ahead:
-            assert len(list(ahead)) == 12
+def test_masked_positions_are_counted(stream):
+    for batch in stream().step(0):
+        assert batch.n_items == len(batch.masked) == len(batch.labels)
 
 
 def test_masking_settings_reach_the_tokens(stream):
@@ -218,15 +210,11 @@ def test_a_packer_without_keys_masks_nothing(store, vocabulary_for):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"ranks": 17}, UsageError, "global_batch 16 is smaller than the number of data-parallel ranks 17"),
         ({"token_budget": 39}, UsageError, "token_budget 39 does not hold a cell of max_length 40"),
-        ({"rank": 2, "ranks": 2}, UsageError, "rank 2"),
         ({"max_length": 2}, UsageError, "no room"),
-        ({"seed": -1}, UsageError, "seed"),
-        ({"cells": np.array([0, 20])}, DataError, "no cell to train on"),
-        ({"lengths": np.ones(7, np.uint16)}, DataError, "7 token lengths for 200 cells"),
+        ({"cells": np.array([0, 20])}, DataError, "no cell to train on has a gene that vocabulary made-up knows"),
     ],
-    ids=["more ranks than cells", "small budget", "rank", "length", "seed", "no cells", "lengths"],
+    ids=["small budget", "length", "no cells"],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(change, error, message, stream):
     with pytest.raises(error, match=message):

@@ -10,9 +10,9 @@ import pytest
 
 from megacell.core.errors import DataError
 from megacell.geneformer.tokens.lengths import token_lengths
+from megacell.geneformer.tokens.stream import token_stream
 from megacell.geneformer.tokens.token_dataset import TokenFolder, open_cells
 from megacell.geneformer.tokens.tokenize import tokenize
-from megacell.store.sampling.batch_stream import BatchStream
 from megacell.store.sampling.split import SplitSettings, split_cells
 
 
@@ -45,7 +45,7 @@ def test_batches_are_those_of_the_store_but_for_the_cells_numbers(
     numbers = np.asarray(corpus.obs_slice()["cell"])
     settings = {"max_length": max_length, "global_batch": 16, "token_budget": 200, "seed": 4, "validation": True}
     streams = [
-        BatchStream(source, vocabulary, cells, token_lengths(source, vocabulary), **settings)
+        token_stream(source, vocabulary, cells, token_lengths(source, vocabulary), **settings)
         for source, cells in ((store, numbers), (corpus, np.arange(len(corpus))))
     ]
     assert streams[1].steps_per_epoch == streams[0].steps_per_epoch
@@ -64,7 +64,7 @@ def test_batches_are_those_of_the_store_but_for_the_cells_numbers(
 def test_published_cells_of_genecorpus_make_batches_as_they_stand(data, published, tmp_path):
     rows = pq.read_table(data / "geneformer" / "genecorpus_500_cells.parquet")["input_ids"].to_pylist()
     corpus = TokenFolder.open(write(tmp_path / "genecorpus", rows), published["V1"])
-    stream = BatchStream(
+    stream = token_stream(
         corpus, published["V1"], np.arange(500), token_lengths(corpus, published["V1"]),
         max_length=2048, global_batch=50, token_budget=16_384, seed=0, validation=True,
     )  # fmt: skip

@@ -21,7 +21,7 @@ def test_plain_slices_read_what_the_store_reads(store, counts):
 
 def test_every_method_has_its_figures(store):
     figures = bench_read(store, seconds=0.05)
-    methods = {name for name, own in figures.items() if isinstance(own, dict)}
+    methods = {name for name, each in figures.items() if isinstance(each, dict)}
     assert {"store.rows", "numpy slices of the same maps", "scipy CSR in memory"} <= methods
     assert all(figures[name]["rows_per_cpu_second"] > 0 for name in methods)
 

@@ -119,8 +119,9 @@ def test_bad_data_exits_1_in_one_line(megacell, command, tmp_path):
 
 def test_help_shows_an_example_and_imports_nothing_slow():
     code = (
-        "import sys, argparse; from megacell.store.commands.register import register; parser = argparse.ArgumentParser();"
-        "register(parser.add_subparsers());\ntry: parser.parse_args(['convert', '--help'])\nexcept SystemExit: pass\n"
+        "import sys, argparse; from megacell.store.commands.register import register\n"
+        "parser = argparse.ArgumentParser(); register(parser.add_subparsers())\n"
+        "try: parser.parse_args(['convert', '--help'])\nexcept SystemExit: pass\n"
         "print([m for m in ('numpy', 'pandas', 'numba', 'torch', 'anndata', 'rich') if m in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

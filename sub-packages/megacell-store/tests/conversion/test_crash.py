@@ -30,10 +30,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(limit, append, counts, made,
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     code = f"""
 import resource, sys
-from megacell.store import commands, conversion
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-import argparse
 from megacell.core.cli.main import main
+from megacell.store.conversion import conversion
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 sys.exit(main(["convert", {str(new)!r}, "--out", {str(store)!r}, "--allow-subset"] + ["--append"] * {append}))
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=PATH, check=False)

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from layouts import small_blocks
 
 from megacell.core.errors import DataError
 from megacell.store import convert
@@ -141,7 +142,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(change, counts, save, t
             CHANGES[change](path)
 
     monkeypatch.setattr(ShardWriter, "add", add)
-    monkeypatch.setattr("megacell.store.format.blocks.VALUES", 2000)  # several blocks
+    small_blocks(monkeypatch, 2000)
     with pytest.raises(DataError, match=r"made\.h5ad: (changed while it was read|.*cannot be read)"):
         convert(path, tmp_path / "store", **ALLOWED)
     assert not (tmp_path / "store").exists()

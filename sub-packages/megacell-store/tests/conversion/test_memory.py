@@ -15,17 +15,18 @@ import scipy.sparse as sp
 CONVERT = """
 import sys, threading, time
 from pathlib import Path
-from megacell.store import conversion
-from megacell.store.sources import h5_matrix
+from megacell.store import convert
+from megacell.store.format import blocks
+from megacell.store.sources import layouts
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3
 
-h5_matrix.VALUES = 1 << 18
+blocks.VALUES = layouts.VALUES = 1 << 18
 small, large, out, *graphs = sys.argv[1:]
 options = {"allow_subset": True, "neighbours": graphs}
-conversion.convert(small, out + "-small", **options)  # compiles, and fills what allocators keep
+convert(small, out + "-small", **options)  # compiles, and fills what allocators keep
 before, peak, done = anonymous(), 0.0, False
 
 def watch():
@@ -36,7 +37,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-conversion.convert(large, out, **options)
+convert(large, out, **options)
 done = True
 thread.join()
 print(peak - before)

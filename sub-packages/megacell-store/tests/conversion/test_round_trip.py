@@ -14,9 +14,9 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import small_blocks
 
 from megacell.store import CellStore, convert
-from megacell.store.sources import matrix as h5_matrix
 from megacell.store.sources.source import open_source
 
 
@@ -106,8 +106,7 @@ def rewrite(place: str, layout: Layout, path: Path) -> None:
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_layout_gives_back_its_counts(made, layout):
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(h5_matrix, "VALUES", 7)  # so that a dozen cells are several blocks
-        patch.setattr(h5_matrix, "ROWS", 5)
+        small_blocks(patch, values=7, rows=5)
         ids = write(layout, Path(folder) / "made.h5ad")
         report = convert(Path(folder) / "made.h5ad", Path(folder) / "store", allow_subset=True)
         store = CellStore.open(Path(folder) / "store")

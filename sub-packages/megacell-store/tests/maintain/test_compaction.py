@@ -320,9 +320,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_store_as_it_was(store):
     before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
     limit = sum(shard.values for shard in store.manifest.shards)
     code = (
-        f"import resource, sys; from megacell.store import cli, compaction\n"
+        "import resource, sys; from megacell.core.cli.main import main\n"
+        "from megacell.store.maintain import compaction\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        f"sys.exit(cli.main(['compact', {str(store.path)!r}, '--workers', '1']))"
+        f"sys.exit(main(['compact', {str(store.path)!r}, '--workers', '1']))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=False)
     assert answer.returncode == 1, answer.stdout + answer.stderr

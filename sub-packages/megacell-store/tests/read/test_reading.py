@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views, buffers, blocks, prefetching, block-shuffled order, copies and overlaps."""
+"""Views, buffers, blocks, prefetching, copies and overlaps."""
 
 import pickle
 import shutil
@@ -13,7 +13,6 @@ from megacell.core.errors import DataError, UsageError
 from megacell.store import CellStore, convert
 from megacell.store.read.duplicates import count_pairs
 from megacell.store.read.overlap import Overlap, overlap
-from megacell.store.shuffle import BlockShuffle, mixing
 
 ALLOWED = {"allow_subset": True}
 
@@ -115,29 +114,6 @@ def test_gene_tables_are_compared(store, counts, made, save, tmp_path):
     assert store.same_genes(CellStore.open(tmp_path / "copy"))
     convert(save(made.counts(60, 300, seed=1), "o.h5ad", first_gene=1), tmp_path / "other", **ALLOWED)
     assert not store.same_genes(CellStore.open(tmp_path / "other"))
-
-
-@pytest.mark.parametrize(("cells", "block", "window"), [(1000, 16, 8), (1001, 64, 3), (5, 64, 256), (0, 4, 4)])
-def test_a_block_shuffled_epoch_is_a_permutation_that_depends_on_seed_and_epoch(cells, block, window):
-    shuffle = BlockShuffle(cells, block, window, seed=3)
-    order = shuffle.order(2)
-    assert sorted(order.tolist()) == list(range(cells))
-    np.testing.assert_array_equal(order, shuffle.order(2))
-    if cells > 10:
-        assert (order != shuffle.order(3)).any()
-        for own in shuffle.windows(0):
-            assert len(np.unique(own // block)) <= window
-
-
-def test_mixing_is_a_number_that_grows_with_the_window():
-    labels = np.repeat(np.arange(20), 500)
-    assert mixing(np.arange(10_000), labels) < 0.1
-    assert mixing(np.random.default_rng(0).permutation(10_000), labels) == pytest.approx(1, abs=0.02)
-    found = [mixing(BlockShuffle(10_000, 64, window).order(), labels) for window in (1, 8, 157)]
-    assert found == sorted(found)
-    assert found[0] < 0.3
-    assert found[2] > 0.95
-    assert mixing(np.arange(100), np.zeros(100, int)) == 1.0
 
 
 def test_pairs_of_sources_are_counted_as_one_by_one(made):

@@ -43,17 +43,19 @@ def test_every_damaged_file_of_every_format(tmp_path):
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from megacell.store import CellStore, convert, guard, tasks
+from megacell.store import CellStore, convert
+from megacell.store.conversion import tasks
+from megacell.store.processes import watchdog
 from megacell.store.sources import source
 
 death, stage, workers, store, *files = sys.argv[1:]
-guard.SECONDS = 1.0
+watchdog.SECONDS = 1.0
 real_open, real_check = source.open_container, tasks.check_unchanged
 
 def die():
     if death == "SIGSEGV":
         os.kill(os.getpid(), signal.SIGSEGV)
-    with guard.watched():
+    with watchdog.watched():
         while True:
             pass
 

@@ -11,11 +11,10 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import FORMATS
+from layouts import FORMATS, small_blocks
 
 from megacell.core.errors import DataError, UsageError
 from megacell.store import CellStore, convert
-from megacell.store.sources import matrix as h5_matrix
 from megacell.store.sources.source import open_source
 
 ALLOWED = {"allow_subset": True}
@@ -23,7 +22,7 @@ ALLOWED = {"allow_subset": True}
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_each_format_gives_the_same_cells(form, counts, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(h5_matrix, "VALUES", 700)  # several blocks
+    small_blocks(monkeypatch, 700)
     folder = tmp_path / "in"
     folder.mkdir()
     ids = [f"ENSG{i:011d}" for i in range(300)]

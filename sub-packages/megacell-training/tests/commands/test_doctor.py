@@ -44,7 +44,7 @@ def test_a_gpu_is_named_with_its_memory_and_an_old_one_has_no_bf16():
     found = {finding.name: finding for finding in Torch(**CUDA, gpus=[H100, V100]).findings(True)}
     assert found["GPU 0"].value == "NVIDIA H100 80GB HBM3, 80 GiB, 79 free"
     assert found["GPU 0"].state == "ok"
-    assert "precision=fp32" in found["GPU 1"].mend
+    assert "precision=fp32" in found["GPU 1"].fix
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_a_run_takes_is_what_the_model_would_choose(gpus, device, advice):
     where = torch.device(device.split(":")[0])
     assert found["device"] == device
     assert found["precision advised"].startswith(advice)
-    assert found["compile=true"] == (f"needs {missing}" if (missing := missing_to_compile()) else "can be had")
+    assert found["compile=true"] == (f"needs {missing}" if (missing := missing_to_compile()) else "available")
     assert found["attention, bf16"] == choose_backend(where, torch.bfloat16)
     assert found["attention, fp32"] == choose_backend(where, torch.float32)
 
@@ -97,10 +97,10 @@ def test_a_library_built_for_another_torch_is_wrong(monkeypatch):
     assert "undefined symbol" in found.value
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_found(tmp_path, monkeypatch):
     assert doctor.cache(tmp_path / "deep" / "cache").state == "ok"
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
-    assert "MEGACELL_CACHE" in doctor.cache(tmp_path / "deep" / "cache").mend
+    assert "MEGACELL_CACHE" in doctor.cache(tmp_path / "deep" / "cache").fix
 
 
 def test_torch_that_cannot_be_imported_is_one_line(monkeypatch):
@@ -108,7 +108,7 @@ def test_torch_that_cannot_be_imported_is_one_line(monkeypatch):
         raise OSError("libcudart.so.13: cannot open shared object file\nmore")
 
     monkeypatch.setattr(Torch, "here", fail)
-    last = doctor.look(quick=False)[-1]
+    last = doctor.check(quick=False)[-1]
     assert (last.state, last.value) == ("wrong", "cannot be imported: libcudart.so.13: cannot open shared object file")
 
 

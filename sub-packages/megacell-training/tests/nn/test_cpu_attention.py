@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from reference_philox import reference_philox
 from scipy.stats import binom
-from test_masking import philox_in_python
 
 from megacell.training.nn import cpu_attention as dropping_attention
 from megacell.training.nn.cpu_attention import attend_dropping
@@ -36,7 +36,7 @@ def fates(seed, query, head, length, rate):
     """Say of a row's weights which are kept, by the definition."""
     key = (seed & 0xFFFFFFFF, seed >> 32)
     counters = {64 * (j // 512) + j % 64 for j in range(length)}
-    words = {counter: philox_in_python((counter, query, head, 0), key) for counter in counters}
+    words = {counter: reference_philox((counter, query, head, 0), key) for counter in counters}
 
     def half(j):
         which = j % 512 // 64

@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-SLAB = 1 << 23  # bytes asked for at once: NumPy and the system back them with large pages, which are found faster
+SLAB = 1 << 23  # bytes allocated at once: NumPy and the system back them with large pages, which are found faster
+_SMALLEST = 12  # log2 of the bytes of the smallest block: a page
 
 
-class WorkingRoom(threading.local):
+class Workspace(threading.local):
     """Working arrays that each thread keeps from one call to the next."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, np.ndarray] = {}
 
     def get(self, name: str, size: int, dtype: Any, fill: float | None = None) -> np.ndarray:
-        """Return ``size`` places; their content is left over, unless ``fill`` set it when they were made."""
+        """Return an array [size] with any content, or with ``fill`` where it was allocated by this call."""
         array = self._arrays.get(name)
         if array is None or len(array) < size or array.dtype != dtype:
             array = np.empty(size + size // 4, dtype)
@@ -31,7 +32,7 @@ class WorkingRoom(threading.local):
 
 
 class _Loan:
-    """What arrays of a pool hold on to; with the last of them gone, the memory is free for the next."""
+    """The base of all arrays over a block of a pool; the block is free again when the last of them is gone."""
 
     __slots__ = ("__array_interface__", "_block", "_free")
 
@@ -44,7 +45,7 @@ class _Loan:
 
 
 class Pool:
-    """Gives out arrays over memory that no array uses any more; may be shared by threads.
+    """Allocates arrays in memory that no array uses any more; may be shared by threads.
 
     It keeps as much as was in use at once.
     """
@@ -52,31 +53,31 @@ class Pool:
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
 
-    def empty(self, size: int, dtype: Any) -> np.ndarray:
-        """Return an array of ``size`` places with left-over content."""
+    def allocate(self, size: int, dtype: Any) -> np.ndarray:
+        """Return an array [size] with any content."""
         dtype = np.dtype(dtype)
-        size_class = max(12, (size * dtype.itemsize - 1).bit_length())
+        size_class = max(_SMALLEST, (size * dtype.itemsize - 1).bit_length())
         free = self._free.setdefault(size_class, [])
         try:
             block = free.pop()
         except IndexError:
             block, *others = np.empty((max(1, SLAB >> size_class), 1 << size_class), np.uint8)
             free.extend(others)
-        lent: np.ndarray = np.asarray(_Loan(block, free))
-        return lent[: size * dtype.itemsize].view(dtype)
+        pooled: np.ndarray = np.asarray(_Loan(block, free))
+        return pooled[: size * dtype.itemsize].view(dtype)
 
 
 class RowBuffer:
-    """Memory for `CellStore.rows` and `gather` to fill again and again: give it as their `empty`.
+    """Memory for `CellStore.rows` and `gather` to fill again and again: give it as their `allocate`.
 
-    What was returned from it last is overwritten by the next use.
+    The arrays of one call are overwritten by the next.
     """
 
     def __init__(self) -> None:
-        self._arrays: dict[Any, Any] = {}
+        self._arrays: dict[Any, np.ndarray] = {}
 
-    def __call__(self, size: int, dtype: Any) -> Any:
-        """Return an array of a size and type; it grows to the largest that was asked for."""
+    def __call__(self, size: int, dtype: Any) -> np.ndarray:
+        """Return an array [size] of a type; its memory grows to the largest size so far."""
         array = self._arrays.get(dtype)
         if array is None or len(array) < size:
             array = self._arrays[dtype] = np.empty(size + size // 4, dtype)

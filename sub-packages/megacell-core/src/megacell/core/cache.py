@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays that are kept in a cache folder of the user's, under the hash of what they were computed from."""
 
-import contextlib
 import logging
 import os
-import secrets
 from pathlib import Path
 
 import numpy as np
+
+from megacell.core.files import whole_file
 
 log = logging.getLogger(__name__)
 
 
 def cache_directory() -> Path:
-    """Return where counts are kept: $MEGACELL_CACHE, else megacell under $XDG_CACHE_HOME or ~/.cache."""
+    """Return the cache folder: $MEGACELL_CACHE, else megacell under $XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("MEGACELL_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megacell"
@@ -21,16 +21,12 @@ def cache_directory() -> Path:
 
 def keep(path: Path, array: np.ndarray) -> np.ndarray:
     """Write an array to the cache, whole or not at all, and return it; a cache that cannot be written is a warning."""
-    work = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with work.open("wb") as file:
+        with whole_file(path) as file:
             np.save(file, array)
-        work.replace(path)
     except OSError as error:
         log.warning("%s: cannot be written (%s); set MEGACELL_CACHE to save counting again", path, error)
-        with contextlib.suppress(OSError):
-            work.unlink()
     return array
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors that a user sees as one line: what, where, and how to mend it."""
+"""The errors that a user sees as one line: what is wrong, where, and how to fix it."""
 
 
 class MegacellError(Exception):
@@ -15,14 +15,14 @@ class MegacellError(Exception):
 
 
 class DataError(MegacellError):
-    """The data are not what they should be: names the file, the place and the mend."""
+    """The data are not what they should be: the message names the file, the place in it and the fix."""
 
 
 class KilledError(DataError):
-    """A process was killed from outside, or for want of memory: no file is to blame, and what is done is kept."""
+    """A process was killed from outside, or for want of memory: no file is to blame, and finished work is kept."""
 
 
 class UsageError(MegacellError):
-    """The command or call was wrong: names the argument and what it should have been."""
+    """The command or call was wrong: the message names the argument and what it should have been."""
 
     exit_code = 2

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are either whole on disk or not there: hashing, flushing, renaming."""
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -45,17 +48,30 @@ def flush_directory(path: Path) -> None:
     flush_file(path)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that its name, at any moment and after any crash, shows the old bytes or the new ones.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Give an open file to write, which takes its name when it is whole and flushed; after an error there is none.
 
-    Several processes may write the same bytes under one name at once: each has a temporary file of its own.
+    Its name shows, at any moment and after any crash, the old bytes or the new ones. Several processes may write the
+    same bytes under one name at once: each has a temporary file of its own.
     """
     temporary = path.with_name(f"{path.name}-{secrets.token_hex(4)}{TEMPORARY}")
-    with open(temporary, "wb") as file:
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        move_into_place(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that shows the old bytes or the new ones at any moment, as `whole_file` does."""
+    with whole_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    move_into_place(temporary, path)
 
 
 def move_into_place(temporary: Path, path: Path) -> None:

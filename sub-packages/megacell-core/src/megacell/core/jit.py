@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way in which this package compiles a loop."""
+"""The one way in which Megacell compiles a loop."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine has, as `megacell doctor` tells it: cores, memory, limits, and the disk under a path.
+"""What a machine has, and what this process holds of it: cores, memory, limits, disks.
 
-`root` stands before /proc and /sys, so that tests can show other machines.
+Functions that return a `Finding` are checks of `megacell doctor`; their `root` stands before /proc and /sys, so that
+tests can show other machines. `where_and_when` heads the figures of a measurement.
 """
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -15,39 +15,24 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
 from megacell.core.errors import UsageError
 from megacell.core.files import TEMPORARY
-from megacell.core.findings import WARNING, WRONG, Finding
+from megacell.core.findings import OK, WARNING, WRONG, Finding
+from megacell.core.versions import installed_version, version_of
 
 GIB = 2**30
 PROBE = 128 * 2**20  # bytes written and read back to measure a disk
+_BLOCK = 4 * 2**20  # bytes of one write or read of it
 _LEAST_MEMORY = 4 * GIB  # free: NeMo and Megatron take 1.5 of it
 _LEAST_SHARED = GIB
 _LEAST_DISK = 10 * GIB
 _LEAST_FILES = 1024
 _LEAST_SPEED = 100e6  # bytes a second, under which training waits for data
 _NETWORK = re.compile(r"nfs|lustre|gpfs|beegfs|ceph|cifs|smb|9p|fuse|afs|wekafs|virtiofs")
-
-
-def python_version() -> Finding:
-    """Return Python's version, and whether Megacell takes it."""
-    from packaging.specifiers import SpecifierSet
-
-    own = ".".join(map(str, sys.version_info[:3]))
-    for name in ("megacell", "megacell-store"):
-        try:
-            bounds = metadata(name)["Requires-Python"]
-        except PackageNotFoundError:
-            continue
-        if not SpecifierSet(bounds).contains(own):
-            return Finding(
-                "versions", "python", own, WRONG, f"Megacell needs Python {bounds}: make another environment"
-            )
-    return Finding("versions", "python", own)
+_LIBRARIES = ("numpy", "numba", "pyarrow")  # that a measurement depends on
 
 
 def cores(root: Path = Path("/")) -> Finding:
@@ -78,8 +63,8 @@ def memory(root: Path = Path("/")) -> Finding:
         total, free, text = limit, min(free, limit - (used or 0)), " (the container's limit)"
     value = f"{total / GIB:,.1f} GiB{text}, {free / GIB:,.1f} free"
     if free < _LEAST_MEMORY:
-        mend = f"training wants {_LEAST_MEMORY / GIB:.0f} GiB and more: end other programs, or take a larger machine"
-        return Finding("machine", "memory", value, WARNING, mend)
+        fix = f"training wants {_LEAST_MEMORY / GIB:.0f} GiB and more: end other programs, or take a larger machine"
+        return Finding("machine", "memory", value, WARNING, fix)
     return Finding("machine", "memory", value)
 
 
@@ -98,8 +83,8 @@ def shared_memory(path: Path = Path("/dev/shm")) -> Finding:
         return Finding("machine", str(path), "not there", WARNING, "several GPUs need it: mount a tmpfs there")
     value = f"{size.total / GIB:,.1f} GiB, {size.free / GIB:,.1f} free"
     if size.free < _LEAST_SHARED:
-        mend = "several GPUs need more: docker run --ipc host (or --shm-size 8g); Kubernetes: an emptyDir in memory"
-        return Finding("machine", str(path), value, WARNING, mend)
+        fix = "several GPUs need more: docker run --ipc host (or --shm-size 8g); Kubernetes: an emptyDir in memory"
+        return Finding("machine", str(path), value, WARNING, fix)
     return Finding("machine", str(path), value)
 
 
@@ -108,21 +93,21 @@ def open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     value = f"{soft:,}" if soft != resource.RLIM_INFINITY else "unlimited"
     if soft != resource.RLIM_INFINITY and soft < _LEAST_FILES:
-        mend = f"large stores need more: ulimit -n {hard if hard != resource.RLIM_INFINITY else 65536}"
-        return Finding("machine", "open files", value, WARNING, mend)
+        fix = f"large stores need more: ulimit -n {hard if hard != resource.RLIM_INFINITY else 65536}"
+        return Finding("machine", "open files", value, WARNING, fix)
     return Finding("machine", "open files", value)
 
 
 def file_system(path: Path, root: Path = Path("/")) -> str:
     """Return the type of the file system that a path lies on, or "unknown"."""
-    found, length = "unknown", -1
-    whole = os.path.realpath(path)
+    kind, length = "unknown", -1
+    real = os.path.realpath(path)
     for line in (root / "proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
         mounted = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), before.split()[4])
-        if (whole == mounted or whole.startswith(mounted.rstrip("/") + "/")) and len(mounted) >= length:
-            found, length = after.split()[0], len(mounted)
-    return found
+        if (real == mounted or real.startswith(mounted.rstrip("/") + "/")) and len(mounted) >= length:
+            kind, length = after.split()[0], len(mounted)
+    return kind
 
 
 def disk(path: Path, *, measure: bool, root: Path = Path("/")) -> list[Finding]:
@@ -135,38 +120,41 @@ def disk(path: Path, *, measure: bool, root: Path = Path("/")) -> list[Finding]:
     """
     if not path.is_dir():
         raise UsageError(f"--path {path}: no such folder; name the one that is to hold stores and runs")
-    kind, topic = file_system(path, root), f"disk under {path}"
-    mend = "a network or user-space file system: where reading is slow, copy the store to a local disk"
-    network = bool(_NETWORK.search(kind))
-    found = [Finding(topic, "file system", kind, WARNING if network else "ok", mend if network else "")]
-    if kind == "tmpfs":
-        found = [Finding(topic, "file system", kind, WARNING, "it is memory: what lies there is lost with the machine")]
-    size = shutil.disk_usage(path)
-    full = size.free < _LEAST_DISK
-    text = "stores and checkpoints may not fit: free some, or take another --path" if full else ""
-    value = f"{size.free / GIB:,.1f} of {size.total / GIB:,.1f} GiB"
-    found.append(Finding(topic, "free", value, WARNING if full else "ok", text))
+    topic, space = f"disk under {path}", shutil.disk_usage(path)
+    findings = [_kind_of_disk(topic, file_system(path, root)), _free_space(topic, space.free, space.total)]
     if not os.access(path, os.W_OK):
-        text = "a store may be read from there; stores and runs are made elsewhere"
-        return [*found, Finding(topic, "writable", "no", WARNING, text)]
-    return found + (_measured(topic, path, size.free) if measure else [])
+        fix = "a store may be read from there; choose another folder for stores and runs to be made in"
+        return [*findings, Finding(topic, "writable", "no", WARNING, fix)]
+    return findings + (_speed(topic, path, space.free) if measure else [])
 
 
-def _measured(topic: str, path: Path, free: int) -> list[Finding]:
+def _kind_of_disk(topic: str, kind: str) -> Finding:
+    fix = ""
+    if kind == "tmpfs":
+        fix = "it is memory: what lies there is lost with the machine"
+    elif _NETWORK.search(kind):
+        fix = "a network or user-space file system: where reading is slow, copy the store to a local disk"
+    return Finding(topic, "file system", kind, WARNING if fix else OK, fix)
+
+
+def _free_space(topic: str, free: int, total: int) -> Finding:
+    fix = "stores and checkpoints may not fit: free some, or take another --path" if free < _LEAST_DISK else ""
+    return Finding(topic, "free", f"{free / GIB:,.1f} of {total / GIB:,.1f} GiB", WARNING if fix else OK, fix)
+
+
+def _speed(topic: str, path: Path, free: int) -> list[Finding]:
     if free < 2 * PROBE:
         return [Finding(topic, "speed", "not measured", WRONG, "the disk is full: free some space")]
     try:
         speed = measure_disk(path)
     except OSError as error:
-        return [Finding(topic, "speed", f"not measured: {error}", WRONG, "mend the disk, or take another --path")]
-    found = [Finding(topic, "writing", f"{speed.write / 1e6:,.0f} MB/s")]
-    value = f"{speed.read / 1e6:,.0f} MB/s" + ("" if speed.cold else ", out of the page cache")
-    if speed.read < _LEAST_SPEED:
-        return [
-            *found,
-            Finding(topic, "reading", value, WARNING, "training may wait for data: copy stores to a local disk"),
-        ]
-    return [*found, Finding(topic, "reading", value)]
+        return [Finding(topic, "speed", f"not measured: {error}", WRONG, "repair the disk, or take another --path")]
+    reading = f"{speed.read / 1e6:,.0f} MB/s" + ("" if speed.cold else ", out of the page cache")
+    fix = "training may wait for data: copy stores to a local disk" if speed.read < _LEAST_SPEED else ""
+    return [
+        Finding(topic, "writing", f"{speed.write / 1e6:,.0f} MB/s"),
+        Finding(topic, "reading", reading, WARNING if fix else OK, fix),
+    ]
 
 
 @dataclass(frozen=True)
@@ -181,7 +169,7 @@ class Speed:
 def measure_disk(folder: Path, size: int = PROBE) -> Speed:
     """Write a file, flushed, then read it with the page cache emptied of it; the file is removed."""
     path = folder / f"megacell-doctor-{secrets.token_hex(4)}{TEMPORARY}"
-    block = secrets.token_bytes(2**22)
+    block = secrets.token_bytes(_BLOCK)
     cold = hasattr(os, "posix_fadvise")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
@@ -202,57 +190,46 @@ def measure_disk(folder: Path, size: int = PROBE) -> Speed:
         path.unlink()
 
 
-PACKAGES = ("numpy", "numba", "pyarrow", "megacell")
-
-
 def where_and_when() -> dict[str, Any]:
     """Return date, hardware, load and versions, in JSON's types."""
+    libraries = {name: version_of(name) or "not installed" for name in _LIBRARIES}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": {"processor": _processor(), "cores": os.cpu_count()},
         "load_average_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **libraries, "megacell": installed_version()},
     }
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as such"
-
-
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def own_memory() -> int:
     """Return the bytes of this process that are no file's pages, 0 where the system does not say."""
-    return _told("RssAnon") or 0
+    return _process_bytes("RssAnon") or 0
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has held, files' mapped pages included; 0 where the system does not say.
+    """Return the most bytes that this process has held, files' mapped pages included.
 
     Linux counts into ``ru_maxrss`` what the process that started this one has held, but not into ``VmHWM``.
     """
-    if (told := _told("VmHWM")) is not None:
-        return told
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = _process_bytes("VmHWM")
+    if peak is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak
 
 
-def _told(name: str) -> int | None:
+def _process_bytes(name: str) -> int | None:
+    """Return an entry of /proc/self/status, None where the system has none."""
+    lines = (line.split() for line in _lines("/proc/self/status") if line.startswith(f"{name}:"))
+    return next((int(kib) * 1024 for _, kib, *_ in lines), None)
+
+
+def _lines(path: str) -> list[str]:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        return Path(path).read_text().splitlines()
     except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+        return []

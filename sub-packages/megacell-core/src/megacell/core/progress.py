@@ -12,7 +12,7 @@ EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """Shows how far a conversion is; a context manager.
+    """Shows how far each step of a work is; a context manager.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self.show = show
-        self._text, self._total, self._done, self._begun, self._said = "", 0, 0, 0.0, 0.0
+        self._text, self._total, self._done, self._begun, self._printed = "", 0, 0, 0.0, 0.0
         if show and sys.stderr.isatty():  # rich would also go by FORCE_COLOR, which Jupyter sets for what it starts
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -47,7 +47,7 @@ class Progress:
     def start(self, text: str, total: int) -> None:
         """Begin a step of `total` units."""
         self._text, self._total, self._done = text, total, 0
-        self._begun = self._said = time.monotonic()
+        self._begun = self._printed = time.monotonic()
         if self._bar:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -58,19 +58,19 @@ class Progress:
         self.reach(self._done + units)
 
     def reach(self, done: int) -> None:
-        """Say how many units of the step are done."""
+        """Set how many units of the step are done."""
         self._done = done
         if self._bar:
             self._bar.update(self._task, completed=done)
-        elif self.show and time.monotonic() - self._said > EVERY:
-            self._said = time.monotonic()
-            print(self.line(self._said - self._begun), file=sys.stderr, flush=True)
+        elif self.show and time.monotonic() - self._printed > EVERY:
+            self._printed = time.monotonic()
+            print(self.line(self._printed - self._begun), file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:
         """Return how far the step is after so many seconds, and when it will be done."""
         rate = self._done / max(seconds, 1e-9)
         left = (self._total - self._done) / rate if rate else float("inf")
-        eta = f"{left / 60:,.0f} min left" if left < 1e7 else "no end in sight"
+        eta = f"{left / 60:,.0f} min left" if left < 1e7 else "time left unknown"
         share = f"{self._done:,} of {self._total:,} ({self._done / max(1, self._total):.0%})"
         return f"{self._text}: {share}, {rate:,.0f}/s, {eta}"
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NumPy's vectorised sort, called from inside a compiled loop.
 
-A compiled loop's own sort is four times slower, and calling ``array.sort()`` a cell from Python costs the lock on the
-interpreter a cell, so that two threads are little faster than one. NumPy publishes the function in its C interface
+A compiled loop's own sort is four times slower, and calling ``array.sort()`` from Python takes the interpreter's lock
+for each cell, so that two threads are little faster than one. NumPy publishes the function in its C interface
 (``PyArray_ArrFuncs.sort``, at an unchanged place throughout NumPy 2); where it is not to be had, the compiled sort
 stands in: the same result, later.
 """
@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -43,9 +43,8 @@ def sort_address(dtype: type = np.uint64) -> int:
     return functions[_QUICKSORT] or 0
 
 
-@intrinsic
-def _call_sort(_context: Any, address: Any, data: Any, n: Any) -> Any:
-    """Call ``int sort(void *data, npy_intp n, void *unused)`` at an address."""
+def _call(_context: Any, address: Any, data: Any, n: Any) -> Any:
+    """Return the code of a call of ``int sort(void *data, npy_intp n, void *unused)`` at an address."""
     signature = types.int32(types.int64, types.uintp, types.int64)
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
@@ -56,6 +55,9 @@ def _call_sort(_context: Any, address: Any, data: Any, n: Any) -> Any:
         return builder.call(callee, [start, arguments[2], ir.Constant(pointer, None)])
 
     return signature, generate
+
+
+_call_sort: Any = intrinsic(_call)
 
 
 @compiled

@@ -50,7 +50,32 @@ _HOMES = {  # public name → module; imported when first asked for (PEP 562), s
     "token_lengths": "megacell.geneformer.tokens.lengths",
     "token_stream": "megacell.geneformer.tokens.stream",
 }
-__all__ = sorted(_HOMES)
+__all__ = [
+    "BatchStream",
+    "BlockShuffled",
+    "CellSet",
+    "Geneformer",
+    "GeneformerModel",
+    "MaskSettings",
+    "MicroBatch",
+    "RankEncoder",
+    "Split",
+    "SplitSettings",
+    "TokenFolder",
+    "Vocabulary",
+    "Weighted",
+    "build_vocabulary",
+    "check_coverage",
+    "choose_cells",
+    "embed_file",
+    "fetch_geneformer",
+    "import_geneformer",
+    "open_model",
+    "rank_encode",
+    "split_cells",
+    "token_lengths",
+    "token_stream",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,9 +4,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megacell.store.read.cell_store import CellStore
-    from megacell.store.maintain.compaction import compact
     from megacell.store.conversion.conversion import convert
+    from megacell.store.maintain.compaction import compact
+    from megacell.store.read.cell_store import CellStore
 
 __all__ = ["CellStore", "compact", "convert"]
 

@@ -2,26 +2,30 @@
 """The training step: Megatron's DDP, its forward-backward schedule, DistributedOptimizer and learning-rate schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from omegaconf import DictConfig
 
-from megacell.geneformer.model.bert import Pack, PackedBert
 from megacell.training.distributed.device import device
+from megacell.training.family import Network
 
 Accept = Callable[[float, int, float | None], bool]
-"""Whether to make an update: of the loss summed over this rank's masked genes, their number, and the gradient norm over
-all ranks; None where the gradients overflowed in 16 bits."""
+"""Whether to make an update: of the loss summed over this rank's items, their number, and the gradient norm over all
+ranks; None where the gradients overflowed in 16 bits."""
+Summed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of a pack: its losses' sum, to be gone back from; their number; both, for the figures of the step."""
 
 
 @dataclass
@@ -30,8 +34,8 @@ class StepResult:
 
     Attributes
     ----------
-    loss_sum, masked : float, int
-        Loss summed over this rank's masked genes (nats), and their number.
+    loss_sum, items : float, int
+        Loss summed over this rank's items (masked genes, say), and their number.
     grad_norm : float
         Over all ranks, before clipping; infinite where the gradients overflowed in fp16.
     lr : float
@@ -43,7 +47,7 @@ class StepResult:
     """
 
     loss_sum: float
-    masked: int
+    items: int
     grad_norm: float
     lr: float
     applied: bool
@@ -57,11 +61,11 @@ class Engine:
     ----------
     cfg : DictConfig
         ``optim``, ``parallel.reduce_fp32``, ``precision`` and ``steps`` of a run.
-    bert : PackedBert
+    network : megacell.training.family.Network
         With its initial weights.
     """
 
-    def __init__(self, cfg: DictConfig, bert: PackedBert):
+    def __init__(self, cfg: DictConfig, network: Any):
         shared = parallel_state.get_data_parallel_world_size() > 1
         config = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
@@ -69,34 +73,36 @@ class Engine:
             overlap_grad_reduce=shared,
             overlap_param_gather=shared,  # during the next forward pass: who reads weights otherwise gathers them first
         )
-        self.bert = bert
-        self.ddp = DistributedDataParallel(bert.config, config, bert)
+        network.model_type = ModelType.encoder_or_decoder  # Megatron's schedule asks for it
+        self.network: Network = network
+        self.ddp = DistributedDataParallel(network.config, config, network)
         self.optimizer = _optimizer(cfg, self.ddp)
-        self.clip, self.scaled = float(cfg.optim.clip), bert.config.fp16
+        self.clip, self.scaled = float(cfg.optim.clip), network.config.fp16
         self.scheduler = schedule(cfg, self.optimizer)
-        bert.config.no_sync_func = self.ddp.no_sync
-        bert.config.grad_scale_func = self.optimizer.scale_loss
-        bert.config.finalize_model_grads_func = finalize_model_grads
+        network.config.no_sync_func = self.ddp.no_sync
+        network.config.grad_scale_func = self.optimizer.scale_loss
+        network.config.finalize_model_grads_func = finalize_model_grads
 
-    def train_step(self, packs: list[Pack], accept: Accept | None = None) -> StepResult:
+    def train_step(self, packs: list[Any], accept: Accept | None = None) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of one global batch.
 
-        The gradient is that of the mean loss over the masked genes of all ranks.
+        The gradient is that of the mean loss over the items of all ranks.
 
         Parameters
         ----------
-        packs : list of Pack
+        packs : list
+            As the network takes them.
         accept : Accept, optional
             Asked on all ranks before the update, which is left out where it answers no, on all alike.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss_sum, masked = self.forward_backward(packs)
+        loss_sum, items = self.forward_backward(packs)
         self.scheduler.step(1)  # before the update: the n-th step takes the schedule's n-th rate
-        grad_norm, applied = self._update(accept and partial(accept, loss_sum, masked))
+        grad_norm, applied = self._update(accept and partial(accept, loss_sum, items))
         rate = self.optimizer.param_groups[0]["lr"]
         scale = float(self.optimizer.get_loss_scale()) if self.scaled else 1.0  # asked, a GPU is waited for
-        return StepResult(loss_sum, masked, grad_norm, rate, applied, scale)
+        return StepResult(loss_sum, items, grad_norm, rate, applied, scale)
 
     @torch.no_grad()
     def _update(self, accept: Callable[[float | None], bool] | None) -> tuple[float, bool]:
@@ -113,8 +119,8 @@ class Engine:
             torch._foreach_mul_(grads, self.clip / (norm + 1e-6))
         return norm, bool(self.optimizer.step_with_ready_grads())
 
-    def forward_backward(self, packs: list[Pack], *, forward_only: bool = False) -> tuple[float, int]:
-        """Run Megatron's schedule; return the loss summed over this rank's masked genes, and their number."""
+    def forward_backward(self, packs: list[Any], *, forward_only: bool = False) -> tuple[float, int]:
+        """Run Megatron's schedule; return the loss summed over this rank's items, and their number."""
         sums = forward_backward_no_pipelining(
             forward_step_func=_forward_step,
             data_iterator=iter(packs),
@@ -124,14 +130,14 @@ class Engine:
             micro_batch_size=0,
             forward_only=forward_only,
         )
-        loss_sum, masked = torch.stack(sums).sum(0).tolist()
-        return loss_sum, int(masked)
+        loss_sum, items = torch.stack(sums).sum(0).tolist()
+        return loss_sum, int(items)
 
 
-def _forward_step(packs, model) -> tuple[torch.Tensor, Callable]:
+def _forward_step(packs: Iterator[Any], model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Summed]]:
     pack = next(packs)
 
-    def summed(losses: torch.Tensor):
+    def summed(losses: torch.Tensor) -> Summed:
         total = losses.sum()
         # made where the losses are, so that a GPU is not waited for
         count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
@@ -140,7 +146,7 @@ def _forward_step(packs, model) -> tuple[torch.Tensor, Callable]:
     return model(pack), summed
 
 
-def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
+def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel) -> Any:
     optim, dtype = cfg.optim, ddp.module.config.params_dtype
     config = OptimizerConfig(
         optimizer="adam",
@@ -165,12 +171,12 @@ def _optimizer(cfg: DictConfig, ddp: DistributedDataParallel):
     return optimizer
 
 
-def parts(optimizer) -> list:
+def parts(optimizer: Any) -> list[Any]:
     """Return the distributed optimizers that Megatron has chained."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _give_state(part) -> None:
+def _give_state(part: Any) -> None:
     """Give Adam its state now: a checkpoint may be due before gradients fit into fp16 and the first update is made."""
     part.init_state_fn(part.optimizer, part.config)
     if not HAVE_APEX_OR_TE:  # torch's Adam counts the steps of each parameter
@@ -178,7 +184,7 @@ def _give_state(part) -> None:
             state["step"] = torch.tensor(0.0)
 
 
-def fuse(optimizer) -> None:
+def fuse(optimizer: Any) -> None:
     """Have torch's Adam work in one kernel on a GPU, and count steps there; elsewhere as torch chooses."""
     if HAVE_APEX_OR_TE:
         return
@@ -190,7 +196,7 @@ def fuse(optimizer) -> None:
                 state["step"] = state["step"].to(state["exp_avg"].device if on_gpu else "cpu")
 
 
-def norm_of_gradients(optimizer) -> float:
+def norm_of_gradients(optimizer: Any) -> float:
     """Return the norm of the gradients over all ranks, waiting once for the device.
 
     As Megatron's own does, which without Apex or Transformer Engine waits once a tensor.
@@ -202,7 +208,7 @@ def norm_of_gradients(optimizer) -> float:
     return float(square.sqrt())
 
 
-def schedule(cfg: DictConfig, optimizer) -> OptimizerParamScheduler:
+def schedule(cfg: DictConfig, optimizer: Any) -> OptimizerParamScheduler:
     """Return what sets the learning rate: warm-up, decay, and the steps held at the lowest rate."""
     optim = cfg.optim
     warmup, hold = (round(part * cfg.steps) if part < 1 else int(part) for part in (optim.warmup, optim.hold))

@@ -43,8 +43,8 @@ _megacell_options() {{
 _ZSH_VALUES = "      {name}) compadd -- {values} ;;"
 
 
-def register_completion(commands: Any) -> None:
-    """Add `completion` to argparse's sub-parsers."""
+def register_completion(commands: Any, parser: argparse.ArgumentParser) -> None:
+    """Add `completion` to argparse's sub-parsers of `parser`, the one that is completed."""
     completion = commands.add_parser(
         "completion",
         help="print a script that completes commands and options in your shell",
@@ -53,22 +53,19 @@ def register_completion(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     completion.add_argument("shell", choices=SHELLS)
-    completion.set_defaults(run=run_completion)
+    completion.set_defaults(run=run_completion, parser=parser)
 
 
 def run_completion(args: argparse.Namespace) -> int:
-    """Print the script."""
+    """Print the script that completes all that ``args.parser`` takes."""
     import shtab
 
-    from megacell.core.cli.main import build_parser
-
-    parser = build_parser()
-    for action in _arguments(parser):
+    for action in _arguments(args.parser):
         if words := getattr(action, WORDS, None):
             vars(action)["complete"] = _options(words())
         elif action.type in (None, Path) and action.nargs != 0 and action.choices is None:
             vars(action)["complete"] = shtab.FILE
-    print(shtab.complete(parser, args.shell))
+    print(shtab.complete(args.parser, args.shell))
     return 0
 
 

@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axes:
-    """What the axes say, lines to compare with by name, and a value that the upright one reaches at least."""
+    """Labels of the axes, lines to compare with by name, and a value that the y axis includes."""
 
     x: str
     y: str
@@ -63,8 +63,8 @@ def number(value: float) -> str:
 def _limits(values: Sequence[float], from_zero: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     low = min(0.0, low) if from_zero else low
-    room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    return (low if low == 0 and from_zero else low - room), high + room
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    return (low if low == 0 and from_zero else low - margin), high + margin
 
 
 class _Frame:
@@ -94,7 +94,7 @@ class _Frame:
 
 
 def svg(title: str, parts: Sequence[str], width: int = WIDTH, height: int = HEIGHT) -> str:
-    """Return an SVG of parts, its title for readers who hear it."""
+    """Return an SVG of parts, its title for screen readers."""
     inside = "\n".join(parts)
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title, quote=True)}">'
     return f"{head}\n{inside}\n</svg>"
@@ -193,10 +193,10 @@ def points(title: str, places: np.ndarray[Any, Any], labels: Sequence[str]) -> s
     parts, keys = [], []
     for count, name in enumerate(order):
         colour = COLOURS[count % len(COLOURS)]
-        mine = at[np.asarray(labels, str) == name]
-        dots = "".join(f'<circle cx="{a:.1f}" cy="{340 - b:.1f}" r="2"/>' for a, b in mine)
+        chosen = at[np.asarray(labels, str) == name]
+        dots = "".join(f'<circle cx="{a:.1f}" cy="{340 - b:.1f}" r="2"/>' for a, b in chosen)
         parts.append(f'<g fill="{colour}" fill-opacity="0.75">{dots}</g>')
-        keys.append((f'fill="{colour}"', f"{name} ({len(mine):,})"))
+        keys.append((f'fill="{colour}"', f"{name} ({len(chosen):,})"))
     return svg(title, parts, height=340) + _keys(keys, _dot)
 
 

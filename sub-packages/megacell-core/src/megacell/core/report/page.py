@@ -90,13 +90,13 @@ class Page:
         self._parts.append(f"<pre>{escape(text)}</pre>")
 
     def figures(self, drawn: dict[str, str]) -> None:
-        """Add SVGs by their captions, two beside each other where there is room; empty ones are left out."""
+        """Add SVGs by their captions, two beside each other on a wide page; empty ones are skipped."""
         parts = [f"<figure><figcaption>{escape(name)}</figcaption>{one}</figure>" for name, one in drawn.items() if one]
         if parts:
             self._parts.append(f'<div class="figures">{"".join(parts)}</div>')
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a table; whole numbers are set to the right with their thousands apart. An empty head is left out."""
+        """Add a table; whole numbers are set to the right with their thousands apart. An empty head is skipped."""
         cells = [[_cell(value) for value in row] for row in rows]
         right = [all(isinstance(row[i], int) for row in rows) for i in range(len(rows[0]))] if rows else []
         if any(head):

@@ -17,6 +17,8 @@ from megacell.core.errors import DataError
 from megacell.core.machine import own_memory, where_and_when
 from megacell.geneformer.bench.batches_references import References
 from megacell.geneformer.tokens.lengths import token_lengths
+from megacell.geneformer.tokens.packing import MicroBatch
+from megacell.geneformer.tokens.stream import token_stream
 from megacell.geneformer.vocabulary.medians import gene_medians
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore
@@ -50,7 +52,7 @@ def bench_batches(store: CellStore, vocabulary: Vocabulary, seconds: float = 5.0
     """
     lengths = token_lengths(store, vocabulary)
     cells = np.flatnonzero(lengths)
-    stream = BatchStream(
+    stream = token_stream(
         store, vocabulary, cells, lengths,
         max_length=vocabulary.max_length, global_batch=GLOBAL_BATCH, token_budget=TOKEN_BUDGET, seed=0,
     )  # fmt: skip
@@ -79,7 +81,7 @@ def bench_batches(store: CellStore, vocabulary: Vocabulary, seconds: float = 5.0
     }
 
 
-def _agreeing(stream: BatchStream, store: CellStore, vocabulary: Vocabulary) -> References:
+def _agreeing(stream: BatchStream[MicroBatch], store: CellStore, vocabulary: Vocabulary) -> References:
     """Return the references, once they have been seen to make the same tokens as the stream."""
     batches = stream.step(0)
     seen = np.concatenate([batch.cells for batch in batches])[:REFERENCE_CELLS]
@@ -108,7 +110,7 @@ def _rate(work: Callable[[int], int], seconds: float) -> float:
     return float(np.median(rates))
 
 
-def _speed_up(stream: BatchStream, seconds: float) -> float:
+def _speed_up(stream: BatchStream[MicroBatch], seconds: float) -> float:
     """Return how much faster two threads are than one, by the clock: median of three."""
 
     def run(threads: int) -> float:
@@ -139,7 +141,7 @@ def _median_rate(store: CellStore, cells: np.ndarray) -> float:
     return len(cells) / (time.process_time() - start)
 
 
-def _fill(stream: BatchStream) -> float:
+def _fill(stream: BatchStream[MicroBatch]) -> float:
     batches = [batch for k in range(4) for batch in stream.step(k)]
     return sum(b.n_tokens for b in batches) / sum(len(b.tokens) for b in batches)
 

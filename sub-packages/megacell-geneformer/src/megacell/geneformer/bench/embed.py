@@ -33,10 +33,10 @@ from megacell.geneformer.embedding.inputs import open_input
 from megacell.geneformer.interchange import hugging_face
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.model.geneformer_model import GeneformerModel
+from megacell.geneformer.model.initial_weights import initialise
+from megacell.geneformer.pretraining.family import GENEFORMER
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
-from megacell.training.config import settings
 from megacell.training.distributed import device
-from megacell.training.nn.weights import initialise
 
 LAYER = "second_to_last"
 AGREE = 1e-5  # the most that embeddings may differ, in absolute or relative terms
@@ -157,7 +157,7 @@ def bench_embed(
 
 def random_model(name: str, vocabulary: Vocabulary) -> GeneformerModel:
     """Return a published configuration with random weights."""
-    values = OmegaConf.to_container(OmegaConf.load(settings.config_dir() / "model" / f"{name}.yaml"))
+    values = OmegaConf.to_container(OmegaConf.load(GENEFORMER.configs / "model" / f"{name}.yaml"))
     assert isinstance(values, dict)
     network = ModelConfig.of({**{str(k): v for k, v in values.items()}, "vocabulary_size": vocabulary.size})
     cfg = {"network": network.to_dict(), "precision": "fp32", "vocabulary": vocabulary.hash, "provenance": {"step": 0}}

@@ -18,9 +18,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from megacell.geneformer.pretraining.data import TrainingData
+from megacell.geneformer.pretraining.settings import model_config
 from megacell.geneformer.tokens.packing import MicroBatch
 from megacell.store.sampling.batch_stream import BatchStream
-from megacell.training.config import settings
 from megacell.training.distributed import device
 
 GROUPED = 50  # batches that are sorted by length together, as Hugging Face's sampler does
@@ -57,7 +57,7 @@ def padded(pack: MicroBatch, part: np.ndarray, pad: int) -> Padded:
     return Padded(*(torch.from_numpy(array) for array in arrays))
 
 
-def batches(stream: BatchStream, size: int, pad: int, *, grouped: bool) -> Iterator[Padded]:
+def batches(stream: BatchStream[MicroBatch], size: int, pad: int, *, grouped: bool) -> Iterator[Padded]:
     """Yield padded batches for ever: random ones, or of cells of like length, in random order."""
     rng = np.random.default_rng(0)
     for k in range(sys.maxsize):
@@ -121,7 +121,7 @@ def stock_megatron(cfg: DictConfig, vocabulary_size: int) -> Step:
     from megacell.training.engine import Engine
     from megacell.training.nn.layout import Layout
 
-    sizes = settings.model_config(cfg, vocabulary_size)
+    sizes = model_config(cfg, vocabulary_size)
 
     class StockBert(BertModel):
         def forward(self, batch: Padded) -> torch.Tensor:

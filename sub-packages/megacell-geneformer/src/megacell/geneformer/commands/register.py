@@ -11,14 +11,11 @@ from megacell.geneformer.commands.bench_train import register_bench_train
 from megacell.geneformer.commands.report import register_report
 from megacell.geneformer.commands.tokenize import register_data
 from megacell.geneformer.commands.vocabulary import register_vocabulary
-from megacell.training.commands.doctor import register_doctor
-from megacell.training.commands.pretrain import register_pretrain
 
 
 def register(commands: Any) -> None:
     """Add the sub-commands to argparse's sub-parsers."""
     register_vocabulary(commands)
-    register_pretrain(commands)
     _register_export(commands)
     _register_import(commands)
     _register_evaluate(commands)
@@ -27,7 +24,6 @@ def register(commands: Any) -> None:
     register_data(commands)
     register_bench_train(commands)
     register_bench_embed(commands)
-    register_doctor(commands)
     register_report(commands)
 
 

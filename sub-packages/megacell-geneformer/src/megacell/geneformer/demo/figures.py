@@ -87,8 +87,8 @@ def _embed_untrained(store: CellStore, trained: Any) -> np.ndarray:
     from omegaconf import OmegaConf
 
     from megacell.geneformer.model.geneformer_model import GeneformerModel
+    from megacell.geneformer.model.initial_weights import initialise
     from megacell.training.distributed import device
-    from megacell.training.nn.weights import initialise
 
     twin = GeneformerModel(OmegaConf.create({"network": trained.sizes.to_dict(), "precision": "fp32"}))
     with device.single_process():

@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -18,6 +18,9 @@ from megacell.geneformer.tokens.packing import Packer
 from megacell.geneformer.tokens.rank_encoder import RankEncoder
 from megacell.store.sampling.sharing import ranges_within
 from megacell.training.distributed import device
+
+if TYPE_CHECKING:  # it brings NeMo with it
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
 
 POOLS = ("mean", "cls")
 PACK_TOKENS = {"cpu": 4_096, "cuda": 16_384}  # of one forward pass: what stays in a cache, and what fills a GPU
@@ -65,7 +68,12 @@ class Embedder:
     """
 
     def __init__(
-        self, model: Any, gene_ids: Any, symbols: Any, pool: str = "mean", layer: str | int = "second_to_last"
+        self,
+        model: "GeneformerModel",
+        gene_ids: Any,
+        symbols: Any,
+        pool: str = "mean",
+        layer: str | int = "second_to_last",
     ):
         self.model, self.vocabulary = model, model.vocabulary
         if pool not in POOLS or (pool == "cls" and "cls" not in self.vocabulary.specials):

@@ -23,6 +23,8 @@ from megacell.store import CellStore
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
+
 LEVELS = ("cell", "gene")
 
 
@@ -71,7 +73,7 @@ class Geneformer:
     >>> adata.obsm["X_megacell"]  # doctest: +SKIP
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: "GeneformerModel") -> None:
         self.model = model
 
     def __repr__(self) -> str:
@@ -111,8 +113,7 @@ class Geneformer:
     @property
     def vocabulary(self) -> Vocabulary:
         """Its genes and tokens."""
-        vocabulary: Vocabulary = self.model.vocabulary
-        return vocabulary
+        return self.model.vocabulary
 
     def process(
         self, data: "AnnData | str | Path | CellStore", *, counts: str = "auto", gene_ids: str = "auto",

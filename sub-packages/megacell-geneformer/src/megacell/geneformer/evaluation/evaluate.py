@@ -7,9 +7,10 @@ most counts away; a model that does not beat it may have learned nothing about c
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,13 +23,18 @@ from megacell.geneformer.pretraining.data import cells_in_use, coverage_line
 from megacell.geneformer.tokens.lengths import token_lengths
 from megacell.geneformer.tokens.masking import MaskSettings
 from megacell.geneformer.tokens.packing import MicroBatch, gene_tokens, masked_ranks
+from megacell.geneformer.tokens.stream import token_stream
 from megacell.geneformer.tokens.token_dataset import TokenFolder, open_cells
+from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.sampling.batch_stream import BatchStream
 from megacell.store.sampling.cell_set import CellSet
 from megacell.store.sampling.order import some_of
 from megacell.store.sampling.split import SplitSettings, split_cells
 from megacell.training.run.recorded import open_recorded
+
+if TYPE_CHECKING:  # it brings NeMo with it
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
 
 SIDES = ("validation", "test")
 PREDICTORS = ("model", "frequency", "rank_frequency", "count_arithmetic")
@@ -140,24 +146,28 @@ def evaluate(
     return Evaluation(line, len(train), [_row(group, losses, chosen) for group, chosen in groups.items()])
 
 
-def _open(path: Path, model: Any) -> tuple[Any, dict[str, Any], str]:
+def _open(path: Path, model: "GeneformerModel") -> tuple[Any, dict[str, Any], str]:
     """Open cells: those of the model's run as it saw them, with its choice among them, or others; say so in words."""
     provenance = model.cfg.provenance
+
+    def opened(path: str | Path, generation: int | None = None) -> Any:
+        return open_cells(path, model.vocabulary, generation)
+
     if "data" not in provenance:
         words = "; the model does not tell which cells it was trained on: these may be among them"
-        return open_cells(path, model.vocabulary), {}, words
+        return opened(path), {}, words
     if "store" in provenance:
         try:
-            store, grown = open_recorded(path, model.vocabulary, provenance.store)
+            store, grown = open_recorded(path, provenance.store, opened)
         except DataError:
-            return open_cells(path, model.vocabulary), {}, "; not the cells of the model's own run"
+            return opened(path), {}, "; not the cells of the model's own run"
         words = f"; as of generation {store.generation}, before the store grew" if grown else ""
     else:
-        store, words = open_cells(path, model.vocabulary), ""
+        store, words = opened(path), ""
     return store, provenance.data.get("choice", {}), words
 
 
-def _data_of(model: Any) -> DictConfig:
+def _data_of(model: "GeneformerModel") -> DictConfig:
     """Return how the model's run held out and masked cells; of a model from elsewhere, how it is done by default."""
     told = model.cfg.provenance.get("data")
     if told is not None:
@@ -168,25 +178,25 @@ def _data_of(model: Any) -> DictConfig:
 @dataclass
 class _Streams:
     store: CellStore
-    model: Any
+    model: "GeneformerModel"
     lengths: np.ndarray
-    data: Any
+    data: DictConfig
 
-    def of(self, cells: np.ndarray) -> BatchStream:
+    def of(self, cells: np.ndarray) -> BatchStream[MicroBatch]:
         longest, where = self.model.sizes.max_length, next(self.model.bert.parameters()).device
-        return BatchStream(
+        return token_stream(
             self.store, self.model.vocabulary, cells, self.lengths, max_length=longest,
             global_batch=BATCH_CELLS, token_budget=max(PACK_TOKENS[where.type], longest), multiple_of=1,
             seed=int(self.data.seed), masking=MaskSettings(**self.data.masking), validation=True,
         )  # fmt: skip
 
 
-def _batches(stream: BatchStream):
+def _batches(stream: BatchStream[MicroBatch]) -> Iterator[MicroBatch]:
     for step in range(stream.steps_per_epoch):
         yield from stream.step(step)
 
 
-def _fit(stream: BatchStream, store: CellStore, model: Any) -> tuple[CountArithmetic, str]:
+def _fit(stream: BatchStream[MicroBatch], store: CellStore, model: "GeneformerModel") -> tuple[CountArithmetic, str]:
     """Fit all three baselines in one pass; a reason is returned where count arithmetic is not defined."""
     vocabulary = model.vocabulary
     arithmetic = CountArithmetic(vocabulary.size, vocabulary.gene_tokens)
@@ -225,7 +235,7 @@ def _counts_of(
 
 @torch.inference_mode()
 def _losses(
-    stream: BatchStream, model: Any, arithmetic: CountArithmetic, *, with_counts: bool
+    stream: BatchStream[MicroBatch], model: "GeneformerModel", arithmetic: CountArithmetic, *, with_counts: bool
 ) -> dict[str, np.ndarray]:
     """Return for each masked gene its cell's global number, every predictor's loss, and which name the right gene."""
     from megacell.geneformer.model.bert import Pack
@@ -251,7 +261,7 @@ def _losses(
     return {name: np.concatenate(parts) for name, parts in found.items() if parts}
 
 
-def _arithmetic_nats(batch: MicroBatch, vocabulary: Any, arithmetic: CountArithmetic) -> np.ndarray:
+def _arithmetic_nats(batch: MicroBatch, vocabulary: Vocabulary, arithmetic: CountArithmetic) -> np.ndarray:
     true, bounds = gene_tokens(batch, vocabulary)
     rank, _ = masked_ranks(batch, vocabulary)
     cell = np.searchsorted(batch.cu_seqlens, batch.masked, side="right") - 1

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,9 +21,12 @@ from megacell.core.files import flush_file, move_into_place
 from megacell.geneformer.interchange.directory_tensors import WEIGHTS, find_tensors
 from megacell.geneformer.interchange.model_card import model_card
 from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.initial_weights import PADDING_BIAS
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary, refuse_existing
 from megacell.training.interchange.tensors import Shapes, State, Weights, check_tensors
-from megacell.training.nn.weights import PADDING_BIAS
+
+if TYPE_CHECKING:  # it brings NeMo with it
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
 
 ARCHITECTURES = {"post": "BertForMaskedLM", "pre": "MegatronBertForMaskedLM"}
 ACTIVATIONS = ("relu", "gelu")
@@ -266,7 +269,7 @@ def _shapes(network: ModelConfig) -> Shapes:
 # -- out
 
 
-def save(model: Any, out: Path, figures: dict[str, Any] | None = None) -> None:
+def save(model: "GeneformerModel", out: Path, figures: dict[str, Any] | None = None) -> None:
     """Write a model as a directory that ``transformers`` loads: all of it, or nothing.
 
     ``vocabulary/`` in it is ours, and the dictionaries beside it are Geneformer's pickles.

@@ -2,7 +2,10 @@
 """The README.md of an exported model: what it is, what it was trained on, and how well it does beside no network."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # it brings NeMo with it
+    from megacell.geneformer.model.geneformer_model import GeneformerModel
 
 _CARD = """\
 ---
@@ -29,7 +32,7 @@ them); another dictionary gives wrong answers without an error.
 """
 
 
-def model_card(model: Any, architecture: str, figures: Mapping[str, Any]) -> str:
+def model_card(model: "GeneformerModel", architecture: str, figures: Mapping[str, Any]) -> str:
     """Return the text of a model card.
 
     Parameters

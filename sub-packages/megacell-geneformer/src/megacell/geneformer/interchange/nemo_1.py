@@ -13,12 +13,12 @@ import torch
 
 from megacell.core.errors import DataError, UsageError
 from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.initial_weights import PADDING_BIAS
 from megacell.geneformer.model.tensor_shapes import BIAS, POSITIONS, WORDS, shapes_of
 from megacell.geneformer.vocabulary.bionemo_dictionaries import make_vocabulary, read_tokens
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.training.interchange.safe_archive import Archive
 from megacell.training.interchange.tensors import Weights, check_tensors
-from megacell.training.nn.weights import PADDING_BIAS
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 RENAMED = (  # theirs → ours, each where it stands; NeMo's later BERTs, on Megatron-core, have some of ours already

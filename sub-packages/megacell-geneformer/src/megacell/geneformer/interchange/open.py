@@ -6,10 +6,18 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from megacell.core.errors import DataError
+from megacell.geneformer.interchange.hugging_face import VOCABULARY, read_directory, read_sizes
+from megacell.geneformer.interchange.nemo import read_archive
+from megacell.geneformer.model.bert import PackedBert
 from megacell.geneformer.model.config import ModelConfig
+from megacell.geneformer.model.geneformer_model import GeneformerArchive, GeneformerModel
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
+from megacell.training.checkpoint import checkpoint
 from megacell.training.checkpoint.find import find_checkpoint
+from megacell.training.distributed import device
+from megacell.training.interchange.nemo import read_config
 from megacell.training.interchange.tensors import Weights
+from megacell.training.nn.weights import copy_whole
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -17,7 +25,7 @@ def is_hugging_face(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def open_model(path: Path, vocabulary: Vocabulary | None = None):
+def open_model(path: Path, vocabulary: Vocabulary | None = None) -> GeneformerModel:
     """Return the ``GeneformerModel`` of a model, in evaluation mode, in this one process.
 
     Its ``vocabulary`` is set, and ``cfg.provenance`` says what it was trained on.
@@ -34,9 +42,6 @@ def open_model(path: Path, vocabulary: Vocabulary | None = None):
     UsageError, DataError
         If there is no such model there, or it is damaged.
     """
-    from megacell.geneformer.interchange.hugging_face import read_directory
-    from megacell.training.interchange.nemo import read_archive
-
     if is_hugging_face(path):
         return _built(*read_directory(path, vocabulary))
     model = _built(*read_archive(path, vocabulary)) if path.is_file() else _of_checkpoint(find_checkpoint(path))
@@ -45,12 +50,8 @@ def open_model(path: Path, vocabulary: Vocabulary | None = None):
     return model
 
 
-def _built(cfg: dict, weights: Weights, vocabulary: Vocabulary):
+def _built(cfg: dict, weights: Weights, vocabulary: Vocabulary) -> GeneformerModel:
     """Return the network that a configuration describes, filled with whole weights."""
-    from megacell.geneformer.model.geneformer_model import GeneformerModel
-    from megacell.training.distributed import device
-    from megacell.training.nn.weights import copy_whole
-
     model = GeneformerModel(OmegaConf.create(cfg))
     with device.single_process():
         copy_whole(model.bert, weights)
@@ -58,11 +59,7 @@ def _built(cfg: dict, weights: Weights, vocabulary: Vocabulary):
     return model.to(device.device()).eval()
 
 
-def _of_checkpoint(folder: Path):
-    from megacell.geneformer.model.geneformer_model import GeneformerModel
-    from megacell.training.checkpoint import checkpoint
-    from megacell.training.distributed import device
-
+def _of_checkpoint(folder: Path) -> GeneformerModel:
     facts = checkpoint.read_facts(folder)
     vocabulary = Vocabulary.open(folder.parent.parent / "vocabulary")
     _check_vocabulary(folder, facts["vocabulary"], vocabulary)
@@ -94,12 +91,8 @@ def check_fit(network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:
 
 def _facts(path: Path, vocabulary: Vocabulary) -> dict:
     """Return what a model says of its ``network`` and ``vocabulary``; a bare Hugging Face one has only sizes."""
-    from megacell.geneformer.interchange.hugging_face import VOCABULARY, read_sizes
-    from megacell.training.checkpoint import checkpoint
-    from megacell.training.interchange.nemo import read_config
-
     if path.is_file():
-        return read_config(path)
+        return read_config(path, GeneformerArchive.parts)
     if not is_hugging_face(path):
         return checkpoint.read_facts(find_checkpoint(path))
     sizes, own = read_sizes(path), path / VOCABULARY
@@ -107,7 +100,7 @@ def _facts(path: Path, vocabulary: Vocabulary) -> dict:
     return {"network": sizes.to_dict(), "vocabulary": known.hash}
 
 
-def load_into(bert, network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:
+def load_into(bert: PackedBert, network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:
     """Fill a network that stands on this rank with the weights of a model, at any tensor parallel size.
 
     Raises
@@ -115,11 +108,6 @@ def load_into(bert, network: ModelConfig, vocabulary: Vocabulary, path: Path) ->
     UsageError, DataError
         As ``check_fit``.
     """
-    from megacell.geneformer.interchange.hugging_face import read_directory
-    from megacell.training.checkpoint import checkpoint
-    from megacell.training.interchange.nemo import read_archive
-    from megacell.training.nn.weights import copy_whole
-
     check_fit(network, vocabulary, path)
     if is_hugging_face(path):
         copy_whole(bert, read_directory(path, vocabulary)[1])

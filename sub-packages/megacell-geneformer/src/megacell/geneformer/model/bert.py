@@ -8,7 +8,6 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from megatron.core.enums import ModelType
 from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -88,7 +87,6 @@ class PackedBert(LanguageModule):
 
     def _make_parts(self, model: ModelConfig, config: TransformerConfig) -> None:
         self.norm = model.norm
-        self.model_type = ModelType.encoder_or_decoder
         self.pre_process = self.post_process = True  # both ends of the network are here: no pipeline
         self.share_embeddings_and_output_weights = model.tied_head
         self.embedding = LanguageModelEmbedding(config, model.padded_vocabulary, model.max_length)

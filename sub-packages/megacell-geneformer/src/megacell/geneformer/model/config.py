@@ -117,12 +117,6 @@ def megatron_config(model: ModelConfig, layout: Layout):
     import torch
     from megatron.core.transformer import TransformerConfig
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[layout.precision]
-    ways: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
     config = TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -134,20 +128,7 @@ def megatron_config(model: ModelConfig, layout: Layout):
         activation_func=_gelu_tanh
         if model.activation == "gelu_tanh"
         else getattr(torch.nn.functional, model.activation),
-        tensor_model_parallel_size=layout.tensor,
-        sequence_parallel=layout.sequence,
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-        params_dtype=dtype,
-        autocast_dtype=dtype,
-        use_cpu_initialization=True,
-        perform_initialization=True,  # sets the tensor parallel attributes; model.init then fills the weights by name
-        init_method=torch.nn.init.zeros_,
-        output_layer_init_method=torch.nn.init.zeros_,
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        deterministic_mode=layout.deterministic,
-        **ways[layout.recompute],
+        **layout.megatron_options(),
     )
     config.attention, config.compiled = layout.attention, layout.compiled  # for the parts that are our own
     return config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run trains on and is validated with: store, vocabulary, split, cells, and the baselines beside its loss."""
+"""What a run trains on and is validated with: store, vocabulary, split and cells."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from megacell.core.errors import DataError
-from megacell.geneformer.baselines.frequency import TokenFrequency
 from megacell.geneformer.tokens.lengths import token_lengths
 from megacell.geneformer.tokens.masking import MaskSettings
-from megacell.geneformer.tokens.packing import gene_tokens, masked_ranks
+from megacell.geneformer.tokens.packing import MicroBatch
+from megacell.geneformer.tokens.stream import token_stream
 from megacell.geneformer.tokens.token_dataset import TokenFolder, open_cells
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary, check_coverage
 from megacell.store import CellStore
@@ -102,10 +102,14 @@ class TrainingData:
             Store, vocabulary, record and options do not fit each other, or no cell is left.
         """
         vocabulary, grown = Vocabulary.open(cfg.vocabulary), None
+
+        def opened(path: str | Path, generation: int | None = None) -> Any:
+            return open_cells(path, vocabulary, generation)
+
         if record is None:
-            store = open_cells(cfg.store, vocabulary)
+            store = opened(cfg.store)
         else:
-            store, grown = open_recorded(cfg.store, vocabulary, record)
+            store, grown = open_recorded(cfg.store, record, opened)
         measured = coverage_line(store, vocabulary, allow=cfg.data.allow_low_coverage)
         settings = split_settings(vocabulary, **cfg.data.split)
         split, lengths = split_cells(store, settings), token_lengths(store, vocabulary)
@@ -125,15 +129,17 @@ class TrainingData:
             lines.append(f"{skipped:,} cells have no gene of the vocabulary and are skipped")
         if any(choice(cfg.data).values()):
             lines.append(
-                f"data.where and data.exclude leave {len(used):,} of {len(store):,} cells: {len(train):,} to train on, "
-                f"{len(validation):,} held out"
+                f"data.where and data.exclude leave {len(used):,} of {len(store):,} cells: {len(train):,} to train "
+                f"on, {len(validation):,} held out"
             )
         some = some_of(validation[:], cfg.validation.cells, settings.seed)
         return cls(store, vocabulary, settings, lengths, train, some, order, lines + drawn, cfg, cfg.model.max_length)
 
-    def stream(self, *, held_out: bool = False, rank: int = 0, ranks: int = 1, tensor: int = 1) -> BatchStream:
+    def stream(
+        self, *, held_out: bool = False, rank: int = 0, ranks: int = 1, tensor: int = 1
+    ) -> BatchStream[MicroBatch]:
         """Return the steps of data parallel rank ``rank`` of ``ranks``."""
-        return BatchStream(
+        return token_stream(
             self.store,
             self.vocabulary,
             self.validation if held_out else self.train,
@@ -149,34 +155,3 @@ class TrainingData:
             order=None if held_out else self.order,
             validation=held_out,
         )
-
-
-def fit_frequencies(data: TrainingData, most: int) -> TokenFrequency:
-    """Fit the two frequency baselines on at most ``most`` training cells, in the order of the first epoch."""
-    frequency = TokenFrequency(data.vocabulary.size, data.vocabulary.gene_tokens)
-    stream = data.stream()
-    steps = max(1, min(len(data.train), most) // data.cfg.batch.cells)
-    for step in range(steps):
-        for batch in stream.step(step):
-            frequency.add(*gene_tokens(batch, data.vocabulary))
-    return frequency
-
-
-def frequency_losses(frequency: TokenFrequency, data: TrainingData) -> dict[str, float]:
-    """Return both baselines' loss in nats on the held-out cells' masked genes, and their number."""
-    stream = data.stream(held_out=True)
-    plain, ranked = [], []
-    for step in range(stream.steps_per_epoch):
-        for batch in stream.step(step):
-            plain.append(frequency.frequency_nats(batch.labels))
-            ranked.append(frequency.rank_frequency_nats(batch.labels, *masked_ranks(batch, data.vocabulary)))
-    return {
-        "frequency": float(np.concatenate(plain).mean()),
-        "rank_frequency": float(np.concatenate(ranked).mean()),
-        "masked_genes": int(sum(map(len, plain))),
-    }
-
-
-def save_frequencies(frequency: TokenFrequency, path: Path) -> None:
-    """Keep the fitted tables in the run folder."""
-    np.savez_compressed(path, allow_pickle=False, **frequency.to_arrays())

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from megacell.core.cli.main import installed_version
 from megacell.core.errors import DataError, UsageError
 from megacell.core.files import write_whole
 from megacell.core.report.charts import Axes, Line, histogram, lines
 from megacell.core.report.page import Page
+from megacell.core.versions import installed_version
 from megacell.geneformer.report.coverage import coverage_section
 from megacell.geneformer.report.umap import umap_section
 from megacell.geneformer.tokens.lengths import token_lengths

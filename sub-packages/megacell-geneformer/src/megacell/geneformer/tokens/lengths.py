@@ -6,13 +6,13 @@ import numpy as np
 from megacell.core.cache import cache_directory, keep, mapped
 from megacell.geneformer.tokens.token_dataset import encoder_for
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
-from megacell.store import CellStore
+from megacell.store.read.reader import CellReader
 
 CELLS_AT_ONCE = 4096
 LARGEST = np.iinfo(np.uint16).max
 
 
-def token_lengths(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
+def token_lengths(store: CellReader, vocabulary: Vocabulary) -> np.ndarray:
     """Return how many known genes each cell has, without specials and before any cut.
 
     Counted on the first call for a store's generation and a vocabulary, then mapped from the cache. A cache that cannot
@@ -28,7 +28,7 @@ def token_lengths(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
     return keep(path, _count(store, vocabulary)) if lengths is None else lengths
 
 
-def _count(store: CellStore, vocabulary: Vocabulary) -> np.ndarray:
+def _count(store: CellReader, vocabulary: Vocabulary) -> np.ndarray:
     encoder = encoder_for(store, vocabulary)
     lengths = np.empty(len(store), np.uint16)
     for first in range(0, len(store), CELLS_AT_ONCE):

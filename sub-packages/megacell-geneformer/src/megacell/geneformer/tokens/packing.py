@@ -3,18 +3,18 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from megacell.core.buffers import Pool, WorkingRoom
+from megacell.core.buffers import Pool, Workspace
 from megacell.core.errors import DataError
 from megacell.core.jit import compiled
+from megacell.geneformer.tokens.encoder import CellEncoder
 from megacell.geneformer.tokens.masking import MaskSettings, Rules, mask_cells
-from megacell.geneformer.tokens.rank_encoder import RankEncoder, RowsOfStore
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
-from megacell.store import CellStore
+from megacell.store.read.reader import CellReader, Rows
 
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 NO_KEYS = np.zeros((0, 2), np.uint32)
 
 
@@ -50,6 +50,11 @@ class MicroBatch:
     labels: np.ndarray
     cells: np.ndarray
     n_tokens: int
+
+    @property
+    def n_items(self) -> int:
+        """How many positions were chosen for prediction, M: so many losses a network computes."""
+        return len(self.masked)
 
 
 @compiled
@@ -104,58 +109,49 @@ def _finish(
 
 
 class Packer:
-    """Makes micro-batches from rows of counts.
+    """Makes micro-batches of cells.
 
     Parameters
     ----------
-    encoder : RankEncoder
+    encoder : CellEncoder
     masking : MaskSettings
     multiple_of : int
         The pack's length is rounded up to a multiple of this.
     """
 
-    def __init__(self, encoder: RankEncoder, masking: MaskSettings, multiple_of: int = 1) -> None:
+    def __init__(self, encoder: CellEncoder, masking: MaskSettings, multiple_of: int = 1) -> None:
         vocabulary = encoder.vocabulary
         self.encoder, self.multiple_of = encoder, multiple_of
         is_gene = np.zeros(vocabulary.size, bool)
         is_gene[vocabulary.gene_tokens] = True
         self._rules = masking.thresholds(), vocabulary.gene_tokens, is_gene, vocabulary.specials["mask"]
         self._pad = vocabulary.specials["pad"]
-        self._work, self._pool = WorkingRoom(), Pool()
+        self._workspace, self._pool = Workspace(), Pool()
 
-    def gather(self, store: CellStore, cells: np.ndarray) -> "Rows | RowsOfStore":
-        """Return the rows of ``cells`` for `pack`: in place where they can be read there, else copied.
-
-        Copies are valid until this thread gathers the next.
-        """
-        if isinstance(store, CellStore) and (rows := store.rows_in_place(cells)) is not None:
-            return RowsOfStore(store, rows)
-        return store.gather(cells, empty=lambda size, dtype: self._work.get(f"gathered {dtype}", size, dtype))
-
-    def pack(self, rows: "Rows | RowsOfStore", cells: np.ndarray) -> MicroBatch:
-        """Rank and pack, and mask nothing; see `packs`."""
-        return self.packs(rows, cells, NO_KEYS, np.array([0, len(cells)]))[0]
+    def pack(self, rows: Rows, cells: np.ndarray) -> MicroBatch:
+        """Encode rows as `CellReader.gather` returns them, pack them as cells of these numbers, and mask nothing."""
+        encoded = self.encoder.encode(*rows, allocate=self._allocate)
+        return self._lay_out(encoded, cells, NO_KEYS, np.array([0, len(cells)]))[0]
 
     def packs(
         self,
-        rows: "Rows | RowsOfStore",
+        reader: CellReader,
         cells: np.ndarray,
         keys: np.ndarray,
         first: np.ndarray,
         lengths: np.ndarray | None = None,
     ) -> list[MicroBatch]:
-        """Rank, pack and mask several micro-batches at once: between compiled loops threads wait for each other.
+        """Encode, pack and mask several micro-batches at once: between compiled loops threads wait for each other.
 
         Parameters
         ----------
-        rows : (indptr, genes, counts) or RowsOfStore
-            As `RankEncoder.encode` takes them, or of `gather`.
+        reader : CellReader
         cells : int64 [C]
-            The rows' global cell numbers, micro-batch after micro-batch.
+            Global cell numbers, micro-batch after micro-batch.
         keys : uint32 [C, 2]
             `stream_key` of each; none at all to mask nothing.
         first : int64 [micro-batches + 1]
-            The first row of each; the last is C.
+            The first cell of each; the last is C.
         lengths : int64 [C], optional
             The tokens that each cell is known to have.
 
@@ -164,23 +160,25 @@ class Packer:
         DataError
             Cells have other lengths than these.
         """
-
-        def empty(size: int, dtype: type) -> np.ndarray:
-            return self._work.get("ranked", size, dtype)
-
-        if isinstance(rows, RowsOfStore):
-            ranked = self.encoder.encode_in_place(rows, empty=empty)
-        else:
-            ranked = self.encoder.encode(*rows, empty=empty)
-        if lengths is not None and not np.array_equal(np.diff(ranked[1]), lengths):
+        encoded = self.encoder.encode_cells(reader, cells, allocate=self._allocate)
+        if lengths is not None and not np.array_equal(np.diff(encoded[1]), lengths):
             raise DataError("their lengths are not those recorded for this store and vocabulary; count them again")
-        n_tokens = np.diff(ranked[1][first])
+        return self._lay_out(encoded, cells, keys, first)
+
+    def _allocate(self, size: int, dtype: Any) -> np.ndarray:
+        return self._workspace.get("encoded", size, dtype)
+
+    def _lay_out(
+        self, encoded: tuple[np.ndarray, np.ndarray], cells: np.ndarray, keys: np.ndarray, first: np.ndarray
+    ) -> list[MicroBatch]:
+        """Return encoded cells as micro-batches, masked where there are keys."""
+        n_tokens = np.diff(encoded[1][first])
         starts = np.zeros(len(first), np.int64)
         np.cumsum(-(-n_tokens // self.multiple_of) * self.multiple_of, out=starts[1:])
         size = int(starts[-1])
-        out = self._pool.empty(4 * size, np.int32).reshape(4, size)
+        out = self._pool.allocate(4 * size, np.int32).reshape(4, size)
         ends, facts = np.empty(len(cells) + 2 * len(n_tokens), np.int32), np.empty((len(n_tokens), 2), np.int64)
-        _finish(ranked, (first, starts), (cells, keys), self._rules, self._pad, out, ends, facts)
+        _finish(encoded, (first, starts), (cells, keys), self._rules, self._pad, out, ends, facts)
         return [
             MicroBatch(
                 tokens=out[0, at:until],

@@ -14,22 +14,24 @@ Shapes: n cells, z stored values (non-zero counts), G genes of the input, V toke
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from megacell.core.buffers import Pool
-from megacell.core.errors import DataError, UsageError
+from megacell.core.buffers import Pool, Workspace
+from megacell.core.errors import DataError
 from megacell.core.vector_sort import sort_address
+from megacell.geneformer.tokens.encoder import cut_lengths, length_limits
 from megacell.geneformer.tokens.pair_numbers import MOST_OTHERS, number_pairs
 from megacell.geneformer.tokens.rank_kernels import Layout, count_known, rank_rows, rank_rows_in_place
-from megacell.geneformer.tokens.ties import Genes, Room
+from megacell.geneformer.tokens.ties import Genes, RowWorkspace
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.read.gather import RowsInPlace
+from megacell.store.read.reader import Allocate, CellReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,6 @@ class RowsOfStore:
     where: RowsInPlace
 
 
-Empty = Callable[[int, Any], np.ndarray]
 NONE = np.zeros(0, np.int64)
 NOWHERE = RowsInPlace(NONE, NONE, NONE, np.zeros((0, 0), np.int64), 0)
 
@@ -79,12 +80,7 @@ class RankEncoder:
         max_length: int | None = None,
     ) -> None:
         self.vocabulary = vocabulary
-        self.max_length = vocabulary.max_length if max_length is None else int(max_length)
-        self.around = len(vocabulary.prefix) + len(vocabulary.suffix)
-        if self.max_length <= self.around:
-            raise UsageError(
-                f"max_length {self.max_length} leaves no room beside {self.around} specials; make it larger"
-            )
+        self.max_length, self.around = length_limits(vocabulary, max_length)
         self.tokens = vocabulary.tokens_of(gene_ids, symbols)
         self._genes = _genes(self.tokens, vocabulary)
         self._make_ready()
@@ -96,10 +92,11 @@ class RankEncoder:
             np.array(prefix, np.int32), np.array(suffix, np.int32), self.max_length - self.around,
             sort_address(np.uint32), sort_address(np.uint64),
         )  # fmt: skip
-        self._here, self._pool = threading.local(), Pool()
+        self._here, self._gathered, self._pool = threading.local(), Workspace(), Pool()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_layout", "_here", "_pool")}
+        of_process = ("_layout", "_here", "_gathered", "_pool")
+        return {name: value for name, value in self.__dict__.items() if name not in of_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -114,16 +111,15 @@ class RankEncoder:
 
     def input_lengths(self, known: np.ndarray) -> np.ndarray:
         """Return the tokens, int64, of cells with ``known`` genes: cut at max_length, specials included, 0 for none."""
-        known = np.asarray(known).astype(np.int64)
-        return np.where(known > 0, np.minimum(known + self.around, self.max_length), 0)
+        return cut_lengths(known, self.max_length, self.around)
 
     def encode(
         self,
         indptr: np.ndarray,
         genes: np.ndarray,
         counts: np.ndarray,
-        dtype: type = np.int32,
-        empty: Empty | None = None,
+        dtype: Any = np.int32,
+        allocate: Allocate | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode rows of counts.
 
@@ -137,7 +133,7 @@ class RankEncoder:
             Not negative, finite.
         dtype : type, default int32
             Of the tokens.
-        empty : callable, optional
+        allocate : callable, optional
             Makes the array that begins with the tokens, of a size and dtype; a pool's memory by default.
 
         Returns
@@ -149,15 +145,15 @@ class RankEncoder:
         """
         if counts.dtype.itemsize == 1:
             counts = counts.astype(np.float32)  # only in a store's files does a byte of 255 stand for more
-        out, cu_lengths = self._out(indptr, dtype, empty)
-        room = self._room(int(np.diff(indptr).max(initial=0)))
-        damaged = rank_rows(indptr, genes, counts, NOWHERE, self._genes, room, self._layout, cu_lengths, out)
+        out, cu_lengths = self._out(indptr, dtype, allocate)
+        work = self._workspace(int(np.diff(indptr).max(initial=0)))
+        damaged = rank_rows(indptr, genes, counts, NOWHERE, self._genes, work, self._layout, cu_lengths, out)
         if damaged >= 0:
             raise DataError(f"row {damaged} has a gene beyond the {len(self.tokens)} that were named")
         return out[: cu_lengths[-1]], cu_lengths
 
     def encode_in_place(
-        self, rows: "RowsOfStore", dtype: type = np.int32, empty: Empty | None = None
+        self, rows: RowsOfStore, dtype: Any = np.int32, allocate: Allocate | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode rows as they lie in a store's mapped files: what `encode` makes of their copies.
 
@@ -166,25 +162,34 @@ class RankEncoder:
         DataError
             A shard with numbers that cannot be right.
         """
-        out, cu_lengths = self._out(rows.where.indptr, dtype, empty)
-        room = self._room(rows.where.longest)
-        damaged = rank_rows_in_place(rows.where, self._genes, room, self._layout, cu_lengths, out)
+        out, cu_lengths = self._out(rows.where.indptr, dtype, allocate)
+        work = self._workspace(rows.where.longest)
+        damaged = rank_rows_in_place(rows.where, self._genes, work, self._layout, cu_lengths, out)
         if damaged >= 0:
             raise rows.store.damaged(int(rows.where.shard[damaged]))
         return out[: cu_lengths[-1]], cu_lengths
 
-    def _out(self, indptr: np.ndarray, dtype: type, empty: Empty | None) -> tuple[np.ndarray, ...]:
-        """Return room for the tokens and for the ends of rows."""
+    def encode_cells(
+        self, reader: CellReader, cells: np.ndarray, dtype: Any = np.int32, allocate: Allocate | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode cells by number: in place where their store allows it, else from copies of their rows."""
+        if isinstance(reader, CellStore) and (where := reader.rows_in_place(cells)) is not None:
+            return self.encode_in_place(RowsOfStore(reader, where), dtype, allocate)
+        rows = reader.gather(cells, allocate=lambda size, kind: self._gathered.get(f"gathered {kind}", size, kind))
+        return self.encode(*rows, dtype, allocate)
+
+    def _out(self, indptr: np.ndarray, dtype: Any, allocate: Allocate | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return arrays for the tokens and for the ends of rows."""
         n = len(indptr) - 1
         most = min(n * self.max_length, int(indptr[-1]) + n * self.around)
-        return (empty or self._pool.empty)(most, dtype), np.empty(n + 1, np.int64)
+        return (allocate or self._pool.allocate)(most, dtype), np.empty(n + 1, np.int64)
 
-    def _room(self, width: int) -> Room:
-        """Return this thread's room to work on rows of up to ``width`` counts."""
-        room: Room | None = getattr(self._here, "room", None)
-        if room is None or len(room.counts) < width:
+    def _workspace(self, width: int) -> RowWorkspace:
+        """Return this thread's arrays to work on rows of up to ``width`` counts in."""
+        work: RowWorkspace | None = getattr(self._here, "work", None)
+        if work is None or len(work.counts) < width:
             width += width // 4
-            room = self._here.room = Room(
+            work = self._here.work = RowWorkspace(
                 short=np.empty(width + MOST_OTHERS, np.uint32),
                 long=np.empty(2 * width, np.uint64),
                 counts=np.empty(width),
@@ -193,7 +198,7 @@ class RankEncoder:
                 tied=np.empty(2 * width, np.int64),
                 sums=np.zeros(self.vocabulary.size),
             )
-        return room
+        return work
 
 
 def _genes(tokens: np.ndarray, vocabulary: Vocabulary) -> Genes:

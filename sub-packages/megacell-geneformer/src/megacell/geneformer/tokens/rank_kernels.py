@@ -16,7 +16,7 @@ from megacell.geneformer.tokens.ties import (
     IS_DAMAGED,
     NOT_RANKED,
     Genes,
-    Room,
+    RowWorkspace,
     add_shared,
     clear_sums,
     count_near,
@@ -58,10 +58,10 @@ def _number_of(ratio: float, pairs: PairNumbers) -> int:
 
 @compiled
 def _number_others(
-    others: Array, genes: Array, counts: Array, rows: RowsInPlace, cell: int, table: Genes, room: Room
+    others: Array, genes: Array, counts: Array, rows: RowsInPlace, cell: int, table: Genes, work: RowWorkspace
 ) -> int:
     """Give keys of `OTHER` pairs their numbers, shared tokens one key each; return how many there are then."""
-    found, sums, n = room.found, room.sums, 0
+    found, sums, n = work.found, work.sums, 0
     for key in others:
         place = np.int64(key & np.uint32(SHORT_LOW))
         count = exact_count(counts, int(place), rows, cell)
@@ -97,10 +97,10 @@ def _merge(keys: Array, known: int, others: Array) -> None:
 
 @compiled
 def rank_by_numbers(
-    genes: Array, counts: Array, rows: RowsInPlace, cell: int, table: Genes, room: Room, most: int, sort: int
+    genes: Array, counts: Array, rows: RowsInPlace, cell: int, table: Genes, work: RowWorkspace, most: int, sort: int
 ) -> int:
-    """Write a row's ranked short keys to the front of ``room``'s; return how many, `NOT_RANKED` or `IS_DAMAGED`."""
-    keys, n, low = room.short, len(genes), np.uint32(SHORT_LOW)
+    """Write a row's ranked short keys to the front of ``work``'s; return how many, `NOT_RANKED` or `IS_DAMAGED`."""
+    keys, n, low = work.short, len(genes), np.uint32(SHORT_LOW)
     if n > 1 << PLACE_BITS or (counts.itemsize > 1 and n > 0 and counts[0] != np.floor(counts[0])):
         return NOT_RANKED
     _make_short_keys(genes, counts, table.pairs, keys)
@@ -117,17 +117,17 @@ def rank_by_numbers(
             return NOT_RANKED
         others = keys[len(genes) : len(genes) + n - known]
         others[:] = keys[known:n]
-        added = _number_others(others, genes, counts, rows, cell, table, room)
+        added = _number_others(others, genes, counts, rows, cell, table, work)
         if added < 0:
             return added
         sort_keys(others[:added], sort)
         _merge(keys, known, others[:added])
         known += added
     if count_near(keys[:known], low, most) > 0:
-        total = read_counts(counts, rows, cell, room.counts)
-        settle_ties(keys[:known], low, genes, total, table, room, most)
+        total = read_counts(counts, rows, cell, work.counts)
+        settle_ties(keys[:known], low, genes, total, table, work, most)
         known = IS_DAMAGED if total < 0 else known
-    clear_sums(room.found[:added], genes, table, room.sums)
+    clear_sums(work.found[:added], genes, table, work.sums)
     return known
 
 
@@ -135,13 +135,13 @@ LONG_LOW = (1 << 20) - 1  # the bits of a key's place in its row
 
 
 @compiled
-def _make_long_keys(genes: Array, total: float, table: Genes, room: Room) -> int:
-    """Write a row's keys by value and return how many; the row's counts are in ``room``."""
-    keys, values, bits, low, n = room.long, room.values, room.values.view(np.uint64), np.uint64(LONG_LOW), len(genes)
+def _make_long_keys(genes: Array, total: float, table: Genes, work: RowWorkspace) -> int:
+    """Write a row's keys by value and return how many; the row's counts are in ``work``."""
+    keys, values, bits, low, n = work.long, work.values, work.values.view(np.uint64), np.uint64(LONG_LOW), len(genes)
     for j in range(n):
         values[j] = table.medians[genes[j]]
     for j in range(n):
-        values[j] = value_of(room.counts[j], total, values[j])
+        values[j] = value_of(work.counts[j], total, values[j])
     for j in range(n):  # the sign bit is always 0: shifted out, it leaves room for one more bit of value
         keys[j] = (~(bits[j] << np.uint64(1)) & ~low) | np.uint64(j)
     if not table.any_shared:
@@ -149,23 +149,23 @@ def _make_long_keys(genes: Array, total: float, table: Genes, room: Room) -> int
     for j in range(len(genes)):
         if table.shared[genes[j]]:
             keys[j] = ~np.uint64(0)
-            if room.counts[j] > 0 and add_shared(genes[j], room.counts[j], table, room.sums):
-                room.found[n - len(genes)] = j
+            if work.counts[j] > 0 and add_shared(genes[j], work.counts[j], table, work.sums):
+                work.found[n - len(genes)] = j
                 n += 1
     for i in range(len(genes), n):
-        j = room.found[i - len(genes)]
-        values[i] = value_of(room.sums[table.tokens[genes[j]]], total, table.medians[genes[j]])
+        j = work.found[i - len(genes)]
+        values[i] = value_of(work.sums[table.tokens[genes[j]]], total, table.medians[genes[j]])
         keys[i] = (~(bits[i] << np.uint64(1)) & ~low) | np.uint64(j)
     return n
 
 
 @compiled
 def rank_by_values(
-    genes: Array, counts: Array, rows: RowsInPlace, cell: int, table: Genes, room: Room, most: int, sort: int
+    genes: Array, counts: Array, rows: RowsInPlace, cell: int, table: Genes, work: RowWorkspace, most: int, sort: int
 ) -> int:
-    """Write a row's ranked long keys to the front of ``room``'s; return how many, or `IS_DAMAGED`."""
-    keys, low = room.long, np.uint64(LONG_LOW)
-    total = read_counts(counts, rows, cell, room.counts)
+    """Write a row's ranked long keys to the front of ``work``'s; return how many, or `IS_DAMAGED`."""
+    keys, low = work.long, np.uint64(LONG_LOW)
+    total = read_counts(counts, rows, cell, work.counts)
     largest = 0
     for j in range(len(genes)):
         largest = max(largest, int(genes[j]))
@@ -173,14 +173,14 @@ def rank_by_values(
         return IS_DAMAGED
     if not total > 0:
         return 0
-    known = _make_long_keys(genes, total, table, room)
+    known = _make_long_keys(genes, total, table, work)
     added = known - len(genes)
     sort_keys(keys[:known], sort)
     while known > 0 and keys[known - 1] >= ~low:  # genes without a token, and counts of zero that were stored
         known -= 1
     if count_near(keys[:known], low, most) > 0:
-        settle_ties(keys[:known], low, genes, total, table, room, most)
-    clear_sums(room.found[:added], genes, table, room.sums)
+        settle_ties(keys[:known], low, genes, total, table, work, most)
+    clear_sums(work.found[:added], genes, table, work.sums)
     return known
 
 
@@ -220,17 +220,24 @@ def _write_cell(keys: Array, low: Any, genes: Array, tokens: Array, layout: Layo
 
 @compiled
 def _encode_row(
-    genes: Array, counts: Array, rows: RowsInPlace, cell: int, table: Genes, room: Room, layout: Layout, out: Array
+    genes: Array,
+    counts: Array,
+    rows: RowsInPlace,
+    cell: int,
+    table: Genes,
+    work: RowWorkspace,
+    layout: Layout,
+    out: Array,
 ) -> int:
     """Write a row's tokens; return how many, or `IS_DAMAGED`."""
-    known = rank_by_numbers(genes, counts, rows, cell, table, room, layout.most, layout.sort_short)
+    known = rank_by_numbers(genes, counts, rows, cell, table, work, layout.most, layout.sort_short)
     if known >= 0:
-        return _write_cell(room.short[:known], np.uint32(SHORT_LOW), genes, table.tokens, layout, out)
+        return _write_cell(work.short[:known], np.uint32(SHORT_LOW), genes, table.tokens, layout, out)
     if known == NOT_RANKED:
-        known = rank_by_values(genes, counts, rows, cell, table, room, layout.most, layout.sort_long)
+        known = rank_by_values(genes, counts, rows, cell, table, work, layout.most, layout.sort_long)
     if known < 0:
         return known
-    return _write_cell(room.long[:known], np.uint64(LONG_LOW), genes, table.tokens, layout, out)
+    return _write_cell(work.long[:known], np.uint64(LONG_LOW), genes, table.tokens, layout, out)
 
 
 @compiled
@@ -240,7 +247,7 @@ def rank_rows(
     counts: Array,
     nowhere: RowsInPlace,
     table: Genes,
-    room: Room,
+    work: RowWorkspace,
     layout: Layout,
     cu_lengths: Array,
     out: Array,
@@ -249,7 +256,7 @@ def rank_rows(
     cu_lengths[0] = 0
     for cell in range(len(indptr) - 1):
         row, at = slice(indptr[cell], indptr[cell + 1]), cu_lengths[cell]
-        written = _encode_row(genes[row], counts[row], nowhere, cell, table, room, layout, out[at:])
+        written = _encode_row(genes[row], counts[row], nowhere, cell, table, work, layout, out[at:])
         if written < 0:
             return cell
         cu_lengths[cell + 1] = at + written
@@ -258,7 +265,7 @@ def rank_rows(
 
 @compiled
 def rank_rows_in_place(
-    rows: RowsInPlace, table: Genes, room: Room, layout: Layout, cu_lengths: Array, out: Array
+    rows: RowsInPlace, table: Genes, work: RowWorkspace, layout: Layout, cu_lengths: Array, out: Array
 ) -> int:
     """As `rank_rows`, of rows in mapped files: the next is read from memory while one is ranked."""
     cu_lengths[0] = 0
@@ -267,7 +274,7 @@ def rank_rows_in_place(
         prefetch_row(rows, cell + 1)
         genes, counts = row_in_place(rows, cell)
         at = cu_lengths[cell]
-        written = _encode_row(genes, counts, rows, cell, table, room, layout, out[at:])
+        written = _encode_row(genes, counts, rows, cell, table, work, layout, out[at:])
         if written < 0:
             return cell
         cu_lengths[cell + 1] = at + written

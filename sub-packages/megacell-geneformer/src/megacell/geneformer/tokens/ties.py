@@ -38,8 +38,8 @@ class Genes(NamedTuple):
     pairs: PairNumbers
 
 
-class Room(NamedTuple):
-    """Where a row is worked on.
+class RowWorkspace(NamedTuple):
+    """Arrays to work on a row in.
 
     Attributes
     ----------
@@ -100,20 +100,20 @@ def _order_run(keys: Array, values: Array, tokens: Array) -> None:
 
 
 @compiled
-def settle_ties(keys: Array, low: Any, genes: Array, total: float, table: Genes, room: Room, most: int) -> None:
-    """Make the order of sorted keys exact in the first ``most``; the row's counts are in ``room``."""
+def settle_ties(keys: Array, low: Any, genes: Array, total: float, table: Genes, work: RowWorkspace, most: int) -> None:
+    """Make the order of sorted keys exact in the first ``most``; the row's counts are in ``work``."""
     i = 0
     while i < min(len(keys), most):
         j = i + 1
         while j < len(keys) and (keys[j] ^ keys[i]) <= low:
             j += 1
         if j - i > 1:
-            tokens = room.tied[: j - i]
+            tokens = work.tied[: j - i]
             for k in range(i, j):
                 place = np.int64(keys[k] & low)
                 gene = genes[place]
                 tokens[k - i] = table.tokens[gene]
-                count = room.sums[table.tokens[gene]] if table.shared[gene] else room.counts[place]
-                room.values[k - i] = value_of(count, total, table.medians[gene])
-            _order_run(keys[i:j], room.values[: j - i], tokens)
+                count = work.sums[table.tokens[gene]] if table.shared[gene] else work.counts[place]
+                work.values[k - i] = value_of(count, total, table.medians[gene])
+            _order_run(keys[i:j], work.values[: j - i], tokens)
         i = j

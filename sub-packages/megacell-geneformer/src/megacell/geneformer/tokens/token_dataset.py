@@ -6,25 +6,35 @@ mapped; nothing of the corpus is read before its cells are asked for, except for
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from megacell.core.buffers import Pool
-from megacell.core.errors import DataError, UsageError
+from megacell.core.errors import DataError
 from megacell.core.jit import compiled
-from megacell.geneformer.tokens.rank_encoder import Empty, RankEncoder
+from megacell.geneformer.tokens.encoder import CellEncoder, cut_lengths, length_limits
+from megacell.geneformer.tokens.rank_encoder import RankEncoder
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore
+from megacell.store.read.reader import Allocate, CellReader, Rows
 
 TOKENS, LENGTH = "input_ids", "length"
-LOOKED_AT = 1000  # cells that are compared with the vocabulary when a corpus is opened
+CHECKED_CELLS = 1000  # cells that are compared with the vocabulary when a corpus is opened
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """The one source of a corpus' cells; see `megacell.store.read.reader.CellSource`."""
+
+    name: str
+    subset: bool = False
 
 
 class TokenFolder:
@@ -44,7 +54,7 @@ class TokenFolder:
     def __init__(self, path: Path, vocabulary: Vocabulary, table: pa.Table, digest: str) -> None:
         self.path, self.vocabulary, self._table, self.digest = path, vocabulary, table, digest
         self.gene_ids, self.symbols = vocabulary.gene_ids, vocabulary.symbols
-        self.sources = [SimpleNamespace(name=path.name, subset=False)]
+        self.sources = [CorpusSource(path.name)]
         chunks = table[TOKENS].chunks
         self._first = np.cumsum([0, *map(len, chunks)])
         self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
@@ -78,12 +88,12 @@ class TokenFolder:
         sizes = [(name, (path / name).stat().st_size) for name in names]
         digest = blake2b(json.dumps([state, sizes], sort_keys=True).encode(), digest_size=8).hexdigest()
         folder = cls(path, vocabulary, table, digest)
-        folder._look()
+        folder._check_vocabulary()
         return folder
 
-    def _look(self) -> None:
+    def _check_vocabulary(self) -> None:
         """Refuse a corpus of another vocabulary, as far as its first cells show."""
-        indptr, tokens, _ = self.gather(np.arange(min(len(self), LOOKED_AT)))
+        indptr, tokens, _ = self.gather(np.arange(min(len(self), CHECKED_CELLS)))
         known = np.isin(tokens, [*self.vocabulary.gene_tokens, *self.vocabulary.specials.values()])
         filled = np.flatnonzero(np.diff(indptr) > 0)
         fits = bool(known.all())
@@ -102,9 +112,9 @@ class TokenFolder:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def gather(self, cells: np.ndarray, empty: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def gather(self, indices: Any, allocate: Allocate = np.empty) -> Rows:
         """Return cells' tokens in the place of a store's genes: indptr int64 [n + 1], tokens [z], nothing."""
-        cells = np.asarray(cells, np.int64)
+        cells = np.asarray(indices, np.int64)
         if len(cells) and not 0 <= cells.min() <= cells.max() < len(self):
             raise DataError(f"{self.path}: a cell outside its {len(self):,}")
         chunk_of = np.searchsorted(self._first, cells, side="right") - 1
@@ -122,7 +132,7 @@ class TokenFolder:
         """Names of the metadata's columns."""
         return [name for name in self._table.column_names if name not in (TOKENS, LENGTH)]
 
-    def obs_slice(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pd.DataFrame:
+    def obs_slice(self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None) -> pd.DataFrame:
         """Return metadata of the cells start … stop - 1, by their numbers; as `CellStore.obs_slice`."""
         names = self.obs_columns if columns is None else list(columns)
         rows = self._table.select(names).slice(start, (len(self) if stop is None else stop) - start)
@@ -153,41 +163,54 @@ def _hash_rows(offsets: np.ndarray, values: np.ndarray) -> np.ndarray:
     return hashes
 
 
-class TokenCopier(RankEncoder):
-    """Stands in for `RankEncoder` where cells are tokens already: cuts them to length, and changes nothing else."""
+class TokenCopier:
+    """A `CellEncoder` for cells that are tokens already: cuts them to length, and changes nothing else.
+
+    Parameters
+    ----------
+    vocabulary : Vocabulary
+    max_length : int, optional
+        Longest cell in tokens, specials included; the vocabulary's own by default.
+
+    Raises
+    ------
+    UsageError
+        ``max_length`` leaves no room for a gene.
+    """
 
     def __init__(self, vocabulary: Vocabulary, max_length: int | None = None) -> None:
         self.vocabulary = vocabulary
-        self.max_length = vocabulary.max_length if max_length is None else int(max_length)
-        self.around = len(vocabulary.prefix) + len(vocabulary.suffix)
-        if self.max_length <= self.around:
-            raise UsageError(f"max_length {self.max_length} leaves no room for a gene; make it larger")
-        self._pool = Pool()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _pool=Pool())
+        self.max_length, self._specials = length_limits(vocabulary, max_length)
 
     def known_genes(self, indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Return how many genes each cell has, int64 [n]."""
-        return np.maximum(np.diff(indptr) - self.around, 0)
+        lengths: np.ndarray = np.maximum(np.diff(indptr) - self._specials, 0)
+        return lengths
+
+    def input_lengths(self, known: np.ndarray) -> np.ndarray:
+        """Return the tokens, int64, of cells with ``known`` genes: cut at max_length, specials included, 0 for none."""
+        return cut_lengths(known, self.max_length, self._specials)
 
     def encode(
         self,
         indptr: np.ndarray,
         genes: np.ndarray,
         counts: np.ndarray,
-        dtype: type = np.int32,
-        empty: Empty | None = None,
+        dtype: Any = np.int32,
+        allocate: Allocate | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Copy rows of tokens, cut at max_length before their suffix; arguments as for `RankEncoder.encode`."""
+        """Copy rows of tokens, cut at max_length before their suffix; arguments as for `CellEncoder.encode`."""
         cu_lengths = np.zeros(len(indptr), np.int64)
         np.cumsum(self.input_lengths(self.known_genes(indptr, genes, counts)), out=cu_lengths[1:])
-        out = (empty or self._pool.empty)(int(cu_lengths[-1]), dtype)
+        out = (allocate or np.empty)(int(cu_lengths[-1]), dtype)
         _cut(indptr, genes, cu_lengths, len(self.vocabulary.suffix), out)
         return out, cu_lengths
+
+    def encode_cells(
+        self, reader: CellReader, cells: np.ndarray, dtype: Any = np.int32, allocate: Allocate | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Copy the tokens of cells by number."""
+        return self.encode(*reader.gather(cells), dtype, allocate)
 
 
 @compiled
@@ -200,12 +223,12 @@ def _cut(indptr: np.ndarray, tokens: np.ndarray, cu_lengths: np.ndarray, suffix:
             place[kept - suffix :] = row[len(row) - suffix :]
 
 
-def open_cells(path: str | Path, vocabulary: Vocabulary, generation: int | None = None) -> Any:
+def open_cells(path: str | Path, vocabulary: Vocabulary, generation: int | None = None) -> CellStore | TokenFolder:
     """Open a cell store, at its newest generation or an earlier one, or, in its place, a tokenised corpus."""
     return TokenFolder.open(path, vocabulary) if TokenFolder.is_one(path) else CellStore.open(path, generation)
 
 
-def encoder_for(store: Any, vocabulary: Vocabulary, max_length: int | None = None) -> RankEncoder:
+def encoder_for(store: CellReader, vocabulary: Vocabulary, max_length: int | None = None) -> CellEncoder:
     """Return what makes tokens of a store's rows."""
     if isinstance(store, TokenFolder):
         return TokenCopier(vocabulary, max_length)

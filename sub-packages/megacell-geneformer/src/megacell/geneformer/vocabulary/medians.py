@@ -92,7 +92,7 @@ def values_of(store: CellStore, cells: np.ndarray, room: RowBuffer) -> tuple[np.
     bits : uint64 [z]
         Of count / cell total x 10,000 as float64.
     """
-    indptr, genes, counts = store.gather(cells, empty=room)
+    indptr, genes, counts = store.gather(cells, allocate=room)
     bits = room(len(genes), np.dtype(np.uint64))
     values_of_rows(indptr, counts, bits)
     return indptr, genes, bits

@@ -28,12 +28,17 @@ def run_read(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(figures, indent=1))
         return 0
-    of_numpy = figures["numpy slices of the same maps"]["rows_per_cpu_second"]
+    numpy = figures["numpy slices of the same maps"]["rows_per_cpu_second"]
     lines = [
-        (name, f"{own['rows_per_second']:,.0f}", f"{own['rows_per_cpu_second']:,.0f}",
-         f"{own['rows_per_cpu_second'] / of_numpy:.2f}")
-        for name, own in figures.items() if isinstance(own, dict)
-    ]  # fmt: skip
+        (
+            name,
+            f"{each['rows_per_second']:,.0f}",
+            f"{(rate := each['rows_per_cpu_second']):,.0f}",
+            f"{rate / numpy:.2f}",
+        )
+        for name, each in figures.items()
+        if isinstance(each, dict)
+    ]
     print(f"{figures['cells']:,} cells, {figures['values_per_cell']:,.0f} values a cell; random batches of 64 as CSR")
     print(table(("method", "rows/s", "rows/CPU-s", "of numpy"), lines))
     return 0

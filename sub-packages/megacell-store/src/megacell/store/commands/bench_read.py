@@ -76,21 +76,21 @@ def numpy_slices(store: CellStore) -> Callable[[Array], sp.csr_matrix]:
 
 
 def stored_slices(store: CellStore) -> Callable[[Array], tuple[Array, Array, Array]]:
-    """Return the least that NumPy can do with the maps: slices as they are stored, joined; large counts left out."""
+    """Return the least that NumPy can do with the maps: slices as they are stored, joined; large counts not decoded."""
     shards = [Shard(store.path, record) for record in store.manifest.shards]
     first = np.concatenate([[0], np.cumsum([record.cells for record in store.manifest.shards])])
 
     def read(cells: Array) -> tuple[Array, Array, Array]:
         if len(shards) == 1:
             shard, starts, stops = shards[0], shards[0].indptr[cells].tolist(), shards[0].indptr[cells + 1].tolist()
-            own = [(shard, start, stop) for start, stop in zip(starts, stops, strict=True)]
+            spans = [(shard, start, stop) for start, stop in zip(starts, stops, strict=True)]
         else:
             number = np.searchsorted(first, cells, side="right") - 1
             rows = zip([shards[n] for n in number.tolist()], (cells - first[number]).tolist(), strict=True)
-            own = [(shard, int(shard.indptr[row]), int(shard.indptr[row + 1])) for shard, row in rows]
-        genes = np.concatenate([shard.indices[start:stop] for shard, start, stop in own])
-        counts = np.concatenate([shard.counts[start:stop] for shard, start, stop in own])
-        return genes, counts, np.cumsum([0] + [stop - start for _, start, stop in own])
+            spans = [(shard, int(shard.indptr[row]), int(shard.indptr[row + 1])) for shard, row in rows]
+        genes = np.concatenate([shard.indices[start:stop] for shard, start, stop in spans])
+        counts = np.concatenate([shard.counts[start:stop] for shard, start, stop in spans])
+        return genes, counts, np.cumsum([0] + [stop - start for _, start, stop in spans])
 
     return read
 
@@ -114,8 +114,8 @@ def bench_read(store: CellStore, seconds: float = 5.0) -> dict[str, Any]:
         methods["scipy CSR in memory"] = whole.__getitem__
     random = np.random.default_rng(1).integers(0, len(store), BATCH)
     for name, method in methods.items():
-        found: Any = method(random)
-        if (found != store.rows(random)).nnz:
+        rows: Any = method(random)
+        if (rows != store.rows(random)).nnz:
             raise AssertionError(f"{name} reads other values in {store.path / FOLDER}")
     methods["numpy slices as stored, large counts missing"] = stored_slices(store)
     figures = rates(methods, len(store), seconds)

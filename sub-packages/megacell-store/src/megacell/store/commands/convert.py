@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  megacell convert samples/ --out cells.store --dry-run     look at the files first
+  megacell convert samples/ --out cells.store --dry-run     inspect the files first
   megacell convert samples/ --out cells.store
   megacell convert new.h5ad --out cells.store --append
   megacell convert hvg.h5ad --out cells.store --counts recover --allow-subset
@@ -41,7 +41,7 @@ def register_convert(commands: Any) -> None:
         "--sheet", metavar="CSV", help="files by column path, with counts, gene_ids, obs columns of each"
     )
     convert.add_argument("--append", action="store_true", help="add the files to a store that is there")
-    convert.add_argument("--dry-run", action="store_true", help="only look at the files, and say what would be done")
+    convert.add_argument("--dry-run", action="store_true", help="only inspect the files, and print what would be done")
     _register_reading(convert.add_argument_group("what is read"))
     _register_work(convert.add_argument_group("how the work is done"))
     convert.set_defaults(run=run_convert)
@@ -51,7 +51,7 @@ def _register_reading(group: Any) -> None:
     which = "auto, X, raw, layer:NAME, layers:A+B (a sum), or recover (from log1p values)"
     group.add_argument("--counts", default="auto", metavar="WHICH", help=which)
     group.add_argument("--gene-ids", default="auto", metavar="WHERE", help="auto, index, or a column of var")
-    group.add_argument("--id-map", metavar="CSV", help="two columns: what files name a gene, and its id")
+    group.add_argument("--id-map", metavar="CSV", help="two columns: the name of a gene in files, and its id")
     group.add_argument("--species", help="the species of the store (human)")
     group.add_argument("--where", metavar="QUERY", help="keep these cells, such as 'tissue == \"lung\" and age > 50'")
     group.add_argument("--min-counts", type=float, default=0, metavar="N", help="keep cells with at least N counts")
@@ -117,7 +117,7 @@ def run_convert(args: argparse.Namespace) -> int:
         log=print,
     )
     if args.dry_run:
-        print(table(_HEAD, [_found(inspection) for inspection in report.inspections]))
+        print(table(_HEAD, [_line(inspection) for inspection in report.inspections]))
         return int(not report.cells or any(inspection.refused for inspection in report.inspections))
     return print_report(report)
 
@@ -148,7 +148,7 @@ def print_report(report: "ConversionReport") -> int:
 _HEAD = ("file", "cells", "genes", "matrix", "counts", "ids", "species", "verdict")
 
 
-def _found(inspection: "Inspection") -> tuple[str, ...]:
+def _line(inspection: "Inspection") -> tuple[str, ...]:
     """Return one line of the dry run's table."""
     i = inspection
     outcome = "good" if i.cells else f"no cell would be kept: {i.mend_for_none}"

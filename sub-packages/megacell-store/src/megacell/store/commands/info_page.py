@@ -15,7 +15,7 @@ from megacell.store.read.cell_store import CellStore
 Section = Callable[[Page, CellStore, argparse.Namespace], None]
 MOST_BARS = 30
 MOST_LABELS = 100  # a column with more values is no label
-LOOKED_AT = 20_000  # cells whose counts are looked at, spread over the store
+SAMPLED = 20_000  # cells whose counts are drawn, spread over the store
 _BINS = 60
 
 
@@ -83,7 +83,7 @@ def _labels(page: Page, store: CellStore) -> None:
 
 
 def _counts(page: Page, store: CellStore) -> None:
-    chosen = np.unique(np.linspace(0, len(store) - 1, min(len(store), LOOKED_AT)).astype(np.int64))
+    chosen = np.unique(np.linspace(0, len(store) - 1, min(len(store), SAMPLED)).astype(np.int64))
     totals, genes = np.concatenate([*_totals(store, chosen)], axis=1)
     page.section("Counts")
     figures = [f"{np.median(totals):,.0f} counts", f"{np.median(genes):,.0f} genes"]
@@ -91,9 +91,9 @@ def _counts(page: Page, store: CellStore) -> None:
     drawn = {}
     for name, values in (("Counts of a cell", totals), ("Genes seen in a cell", genes)):
         top = float(np.quantile(values, 0.995)) or 1.0  # a few cells would squeeze all others
-        found, edges = np.histogram(values[values <= top], bins=_BINS, range=(0, top))
-        drawn[f"{name} (the highest 0.5 % left out)"] = histogram(
-            name.lower(), found.tolist(), edges.tolist(), Axes(name.lower(), "cells")
+        cells, edges = np.histogram(values[values <= top], bins=_BINS, range=(0, top))
+        drawn[f"{name} (without the highest 0.5 %)"] = histogram(
+            name.lower(), cells.tolist(), edges.tolist(), Axes(name.lower(), "cells")
         )
     page.figures(drawn)
 

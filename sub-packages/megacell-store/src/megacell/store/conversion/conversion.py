@@ -31,6 +31,7 @@ from megacell.store.conversion.progress import watching
 from megacell.store.conversion.publish import publish
 from megacell.store.conversion.target import check_target, naming_disk, open_target, sweep, sweeping
 from megacell.store.conversion.tasks import attempt, blame, ended_by
+from megacell.store.conversion.warm_up import prepare
 from megacell.store.format.lock import writing
 from megacell.store.format.manifest import Manifest, Source
 from megacell.store.format.obs import Schema
@@ -194,7 +195,7 @@ def convert(
     job = _Job(store, again, samples, skip_bad, workers, memory, scheduler, shard_bytes, log or (lambda _line: None))
     with Progress(show=progress) as bar:
         if dry_run:
-            return job.look(bar)
+            return job.inspect(bar)
         return job.run(bar, part)
 
 
@@ -234,12 +235,12 @@ class _Job:
     memory: int
     scheduler: str | None
     shard_bytes: int
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
-    def look(self, bar: Progress) -> ConversionReport:
-        """Look at the files and write nothing."""
+    def inspect(self, bar: Progress) -> ConversionReport:
+        """Inspect the files and write nothing."""
         workers = fitting_workers(self.workers, self.memory)
-        with executor(workers if len(self.samples) >= 4 * workers else 1, self.scheduler) as run:
+        with executor(workers if len(self.samples) >= 4 * workers else 1, self.scheduler, prepare) as run:
             found = list(self._found(run.map(inspect, self.samples), bar))
         refuse_absent_graphs([each for each in found if each.refused is None])
         return ConversionReport(self.store, 0, sum(i.cells for i in found if not i.refused), 0, found)
@@ -265,7 +266,7 @@ class _Job:
                 plan = self._plan(before, bar)
                 self._work(plan, bar)
                 manifest = publish(self.store, before, plan)
-            self.say(
+            self.log(
                 f"wrote {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}, {manifest.values:,} values in all"
             )
             left_out = plan.left_out + [each.left_out for each in amendments(plan).values() if each.left_out]
@@ -273,7 +274,7 @@ class _Job:
         added = list(manifest.sources[plan.first :])
         copies = duplicates_of(self.store, manifest, plan.first)
         cells, genes, generation = manifest.cells, manifest.genes, manifest.generation
-        self.say(f"committed generation {generation} of {self.store}: {cells:,} cells, {genes:,} genes")
+        self.log(f"committed generation {generation} of {self.store}: {cells:,} cells, {genes:,} genes")
         return ConversionReport(self.store, generation, cells, genes, plan.inspections, added, copies, left_out)
 
     def part(self, bar: Progress, number: int, of: int) -> ConversionReport:
@@ -296,7 +297,7 @@ class _Job:
             outcomes = self._run(plan, own, bar)
         failed = [outcome.reason for outcome in outcomes if outcome.record is None and not outcome.fractional]
         cells = sum(outcome.record.cells for outcome in outcomes if outcome.record)
-        self.say(f"part {number} of {of}: {len(own)} of {len(plan.shards)} shards, {cells:,} cells")
+        self.log(f"part {number} of {of}: {len(own)} of {len(plan.shards)} shards, {cells:,} cells")
         return ConversionReport(self.store, 0, cells, plan.genes, plan.inspections, left_out=plan.left_out + failed)
 
     def _request(self) -> str:
@@ -310,7 +311,7 @@ class _Job:
         if plan is not None and plan.request == request:
             amended = amendments(plan)
             done = sum(outcome_of(plan, number, amended) is not None for number in range(len(plan.shards)))
-            self.say(f"going on with what was begun: {done} of {len(plan.shards)} shards are there")
+            self.log(f"going on with what was begun: {done} of {len(plan.shards)} shards are there")
             return plan
         refuse_running_parts(self.store)
         sweep(self.store)
@@ -319,7 +320,7 @@ class _Job:
         known = hashes_of(before)
         schema = Schema(before.obs if before else ())  # the metadata of no more than one file are held beside it
         found = []
-        with executor(workers if len(self.samples) >= 4 * workers else 1, self.scheduler) as run:
+        with executor(workers if len(self.samples) >= 4 * workers else 1, self.scheduler, prepare) as run:
             aside = [(self.store / PLAN).absolute()] * len(self.samples)
             for each in self._found(run.map(inspect, self.samples, aside), bar):
                 refuse_repeated(each, known)
@@ -330,7 +331,7 @@ class _Job:
             refuse(found)
         refuse_absent_graphs(good)
         cells = sum(each.cells for each in good)
-        self.say(f"looked at {len(found)} file{'s' * (len(found) != 1)}: {cells:,} cells")
+        self.log(f"looked at {len(found)} file{'s' * (len(found) != 1)}: {cells:,} cells")
         if not cells:
             raise DataError(f"{good[0].path}: no cell left to convert; {good[0].mend_for_none}")
         left_out = [str(each.refused) for each in found if each.refused]
@@ -353,10 +354,10 @@ class _Job:
                 raise DataError(f"no good file is left: {' | '.join(bad.values())}")
             for source in {each.source for each in failed if each.fractional} - set(bad):
                 path = plan.inspections[source - plan.first].path
-                self.say(f"{path}: fractions among whole counts, starting it again with counts as fractional")
+                self.log(f"{path}: fractions among whole counts, starting it again with counts as fractional")
                 amend(plan, [Amendment(source)])
             for source, reason in bad.items():
-                self.say(f"left out: {reason}")
+                self.log(f"left out: {reason}")
                 amend(plan, [Amendment(source, reason)])
 
     def _run(self, plan: Plan, numbers: Iterable[int], bar: Progress) -> list[Outcome]:
@@ -367,7 +368,7 @@ class _Job:
         workers = fitting_workers(self.workers, self.memory)
         if self.workers is None and sum(found.values for found in plan.inspections) < _SMALL:
             workers = 1
-        with executor(min(workers, len(todo)), self.scheduler if todo else None) as run, watching(bar, plan):
+        with executor(min(workers, len(todo)), self.scheduler if todo else None, prepare) as run, watching(bar, plan):
             for number, made in zip(todo, run.map(make_shard, [plan.store] * len(todo), todo), strict=True):
                 outcomes[number] = blame(plan, number, made.name) if isinstance(made, Died) else made
         return [outcome for outcome in outcomes.values() if outcome is not None]

@@ -100,8 +100,8 @@ class PieceWriter:
             finite = np.isfinite(weights)
             if not finite.all():
                 row = first + int(np.searchsorted(indptr, np.argmin(finite), side="right")) - 1
-                mend = f"mend it, or leave --neighbours {name} out"
-                raise DataError(f"{graph.place}, cell {row}: a NaN or infinite weight; {mend}")
+                fix = f"fix it, or leave --neighbours {name} out"
+                raise DataError(f"{graph.place}, cell {row}: a NaN or infinite weight; {fix}")
             own, lengths = kept[first - start : first - start + len(indptr) - 1], np.diff(indptr)
             inside = np.repeat(own, lengths)
             self._append(name, lengths[own], columns[inside], weights[inside])

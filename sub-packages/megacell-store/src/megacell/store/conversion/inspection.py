@@ -135,8 +135,8 @@ def _look(found: Inspection, source: CellSource) -> None:
     _refuse_droplets(found, source)
     if found.subset:
         if not options.allow_subset:
-            mend = "give all genes, or --allow-subset (medians will leave the source out)"
-            raise DataError(f"{path}: {found.matrix} measures only {found.genes:,} genes; {mend}")
+            fix = "give all genes, or --allow-subset (medians will leave the source out)"
+            raise DataError(f"{path}: {found.matrix} measures only {found.genes:,} genes; {fix}")
         found.notes.append(f"a subset of {found.genes:,} genes: no use for medians")
     if found.kind == LENGTH_NORMALISED:
         found.notes.append("length-normalised: medians of counts do not apply")
@@ -163,8 +163,8 @@ def _refuse_droplets(found: Inspection, source: CellSource) -> None:
         return
     what = f"a median of {median:,.0f} counts a cell (of {len(totals):,} looked at)"
     if not found.sample.options.allow_low_counts:
-        mend = "give the filtered cells, or --allow-low-counts"
-        raise DataError(f"{found.path}: {what}: raw droplets, it seems; {mend}")
+        fix = "give the filtered cells, or --allow-low-counts"
+        raise DataError(f"{found.path}: {what}: raw droplets, it seems; {fix}")
     found.notes.append(what)
 
 

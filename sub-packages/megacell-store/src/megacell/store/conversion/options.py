@@ -119,10 +119,10 @@ def read_sheet(sheet: str | os.PathLike[str], options: Options) -> list[Sample]:
         if not any(field.strip() for field in line):
             continue
         if len(line) != len(head):
-            raise DataError(f"{path}, line {number}: {len(line)} fields, the head has {len(head)}; mend the line")
+            raise DataError(f"{path}, line {number}: {len(line)} fields, the head has {len(head)}; fix the line")
         fields = {name: text.strip() for name, text in zip(head, line, strict=True) if text.strip()}
         if "path" not in fields or not (file_path := path.parent / fields["path"]).exists():
-            raise UsageError(f"{path}, line {number}: no such file {fields.get('path', '')!r}; mend the path")
+            raise UsageError(f"{path}, line {number}: no such file {fields.get('path', '')!r}; fix the path")
         counts, gene_ids = (fields.get(name, getattr(options, name)) for name in ("counts", "gene_ids"))
         obs = {name: text for name, text in fields.items() if name not in _OWN}
         samples.append(Sample(file_path, replace(options, counts=counts, gene_ids=gene_ids), obs))

@@ -61,8 +61,8 @@ def naming_disk(store: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or store
-        mend = "see to room and rights, then run it again"
-        raise DataError(f"{where}: {error.strerror or error}; {mend}") from error
+        fix = "see to room and rights, then run it again"
+        raise DataError(f"{where}: {error.strerror or error}; {fix}") from error
 
 
 @contextmanager

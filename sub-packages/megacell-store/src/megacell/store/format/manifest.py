@@ -201,8 +201,8 @@ class Manifest:
             raise DataError(f"{where}: not the manifest of a cell store; give the folder that `megacell convert` made")
         version = content.get("version")
         if isinstance(version, int) and version > VERSION:
-            mend = "install a newer megacell to read it"
-            raise DataError(f"{where}: format version {version}, this megacell reads up to {VERSION}; {mend}")
+            fix = "install a newer megacell to read it"
+            raise DataError(f"{where}: format version {version}, this megacell reads up to {VERSION}; {fix}")
         checksum = content.get("checksum")
         if not isinstance(checksum, str) or _unsigned_hash(text, checksum) != checksum:
             raise DataError(f"{where}: the manifest is damaged (wrong checksum); restore it from a copy")

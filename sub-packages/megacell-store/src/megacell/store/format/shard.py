@@ -207,8 +207,8 @@ def map_array(path: Path, record: FileRecord | None) -> np.ndarray[Any, Any]:
         shape, _, dtype = np.lib.format.read_array_header_1_0(header)
         array: np.ndarray[Any, Any] = np.frombuffer(content, dtype, math.prod(shape), header.tell()).reshape(shape)
     except (OSError, ValueError) as error:
-        mend = "restore it, convert again, or open the store anew if `compact --prune` removed it"
-        raise DataError(f"{path}: cannot be read ({error}); {mend}") from None
+        fix = "restore it, convert again, or open the store anew if `compact --prune` removed it"
+        raise DataError(f"{path}: cannot be read ({error}); {fix}") from None
     if array.dtype.name != record.dtype or array.shape != record.shape:
         raise DataError(f"{path}: {array.dtype.name} {array.shape}, not as the manifest says; run `megacell verify`")
     return array

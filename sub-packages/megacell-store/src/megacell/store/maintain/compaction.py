@@ -24,6 +24,7 @@ from megacell.core.progress import Progress
 from megacell.store.conversion.parts import refuse_running_parts
 from megacell.store.conversion.plan import load_plan, shard_folder
 from megacell.store.conversion.target import naming_disk, sweep, sweeping
+from megacell.store.conversion.warm_up import prepare
 from megacell.store.format.blocks import ROWS, cut_blocks
 from megacell.store.format.gene_table import GeneTable
 from megacell.store.format.lock import writing
@@ -109,7 +110,7 @@ def compact(
     UsageError
         A number of workers, of bytes or hours that cannot be.
     """
-    store, say = Path(path), log or (lambda _line: None)
+    store, log = Path(path), log or (lambda _line: None)
     if older_than < 0:
         raise UsageError(f"--older-than {older_than:g}: give hours, 0 or more")
     fitting = fitting_workers(workers, memory)
@@ -121,14 +122,14 @@ def compact(
         shards = _merge(store, manifest, groups, shard_bytes, fitting, bar)
         merged = len(manifest.shards) - sum(len(group) == 1 for group in groups)
         if merged:
-            say(f"merged {merged} shards into {sum(len(group) > 1 for group in groups)}")
+            log(f"merged {merged} shards into {sum(len(group) > 1 for group in groups)}")
         new = replace(manifest, shards=tuple(shards))
         earlier = reading_of(store, manifest)
         gone = outdated(store, earlier, new, older_than) if prune else set()
         before, new_earlier = own_bytes(earlier, new), {n: m for n, m in earlier.items() if n not in gone}
         if merged or gone:
             new = _commit(store, manifest, new, new_earlier)
-            say(f"committed generation {new.generation} of {store}: {len(shards)} shard{'s' * (len(shards) != 1)}")
+            log(f"committed generation {new.generation} of {store}: {len(shards)} shard{'s' * (len(shards) != 1)}")
         sweep(store)
     kept = own_bytes(new_earlier, new)
     pruned = sorted(earlier[name].generation for name in gone)
@@ -140,8 +141,8 @@ def _refuse_unfinished(store: Path, manifest: Manifest) -> None:
     refuse_running_parts(store)
     plan = load_plan(store)
     if plan is not None and plan.first == len(manifest.sources):
-        mend = f"run the same again, with --finish if it was in parts, or delete {plan.folder}"
-        raise DataError(f"{store}: a conversion was not finished here; {mend}")
+        fix = f"run the same again, with --finish if it was in parts, or delete {plan.folder}"
+        raise DataError(f"{store}: a conversion was not finished here; {fix}")
 
 
 def grouped(shards: Iterable[ShardRecord], shard_bytes: int = SHARD_BYTES) -> list[list[ShardRecord]]:
@@ -174,7 +175,7 @@ def _merge(
         sweep(store)
         folder.mkdir()
     names = [name for name, _ in zip(manifest.new_shards(), several, strict=False)]
-    with executor(min(workers, len(several))) as run:
+    with executor(min(workers, len(several)), prepare=prepare) as run:
         same = [[each] * len(several) for each in (store, folder, manifest.genes_file, manifest.obs)]
         made = []
         for record in bar.steps("merging shards", run.map(merge_shards, *same, several, names), len(several)):

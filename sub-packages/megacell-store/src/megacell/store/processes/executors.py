@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
 
 from megacell.core.errors import KilledError, UsageError
-from megacell.store.conversion.warm_up import prepare
 from megacell.store.processes.watchdog import is_abandoned, make_expendable
 
 Result = TypeVar("Result")
@@ -40,7 +39,7 @@ class Executor(Protocol):
         """As the built-in map."""
 
 
-class _Here:
+class _InThisProcess:
     def map(self, function: Callable[..., Result], *items: Iterable[Any]) -> Iterable[Result]:
         return map(function, *items)
 
@@ -66,8 +65,8 @@ class _Worker:
         code = self.process.exitcode
         if code < 0 and -code not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
             return Died(signal.Signals(-code).name)
-        mend = "give fewer --workers and run it again: finished shards are kept"
-        raise KilledError(f"a process of the conversion was killed, for want of memory perhaps; {mend}")
+        fix = "give fewer --workers and run it again: finished shards are kept"
+        raise KilledError(f"a process of the conversion was killed, for want of memory perhaps; {fix}")
 
     def end(self) -> None:
         self.process.kill()
@@ -139,8 +138,19 @@ def _serve(connection: Connection, theirs: Connection) -> None:
 
 
 @contextmanager
-def executor(workers: int, scheduler: str | None = None) -> Iterator[Executor]:
-    """Start the processes, or meet the cluster.
+def executor(
+    workers: int, scheduler: str | None = None, prepare: Callable[[], object] = lambda: None
+) -> Iterator[Executor]:
+    """Start the processes, or connect to the cluster.
+
+    Parameters
+    ----------
+    workers : int
+        Processes; below 1 all is done in this one.
+    scheduler : str, optional
+        Address of a Dask scheduler, whose workers run the tasks instead.
+    prepare : callable
+        Called before a process is forked, to import and compile what its tasks need.
 
     Raises
     ------
@@ -155,7 +165,7 @@ def executor(workers: int, scheduler: str | None = None) -> Iterator[Executor]:
         return
     forked = workers == 1 and sys.platform == "linux"
     if workers < 1 or (workers == 1 and not forked):
-        yield _Here()
+        yield _InThisProcess()
         return
     if forked:
         prepare()
@@ -181,8 +191,8 @@ def _cluster(address: str) -> Iterator[Executor]:
         try:
             yield client.get_executor(pure=False, retries=0)
         except KilledWorker as error:
-            mend = "give its workers more memory, or find the file that ends them with --workers 1"
-            raise KilledError(f"--scheduler {address}: {error}; {mend}") from None
+            fix = "give its workers more memory, or find the file that ends them with --workers 1"
+            raise KilledError(f"--scheduler {address}: {error}; {fix}") from None
 
 
 def cores() -> int:

@@ -3,7 +3,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,10 @@ from megacell.store.read.mapped_shard import Shard
 from megacell.store.read.neighbours import Neighbours
 from megacell.store.read.query import matching
 from megacell.store.read.readahead import will_need
+from megacell.store.read.reader import Allocate, Array, Rows, cell_numbers
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-Array = np.ndarray[Any, Any]
 
 
 class CellStore:
@@ -110,15 +109,15 @@ class CellStore:
 
     # -- counts
 
-    def rows(self, indices: Any, empty: Callable[[int, np.dtype[Any]], Array] = np.empty) -> sp.csr_matrix:
+    def rows(self, indices: Any, allocate: Allocate = np.empty) -> sp.csr_matrix:
         """Return cells' counts, in any order, repeats allowed.
 
         Parameters
         ----------
         indices : int array [n], bool array [cells] or slice
             Cells by their number in the store.
-        empty : callable
-            As for `gather`, such as a RowBuffer; the matrix lives in what it gives.
+        allocate : callable
+            As for `gather`, such as a RowBuffer; the matrix lives in its arrays.
 
         Returns
         -------
@@ -130,24 +129,22 @@ class CellStore:
         DataError
             A cell that does not exist, or a damaged shard.
         """
-        indptr, genes, counts = self._gather(self.numbers_of(indices), np.dtype(np.int32), empty)
+        indptr, genes, counts = self._gather(self.numbers_of(indices), np.dtype(np.int32), allocate)
         if indptr[-1] < 1 << 31:
             indptr = indptr.astype(np.int32)
         matrix = sp.csr_matrix((counts, genes, indptr), (len(indptr) - 1, self.shape[1]), copy=False)
         matrix.has_sorted_indices = matrix.has_canonical_format = True
         return matrix
 
-    def gather(
-        self, indices: Any, empty: Callable[[int, np.dtype[Any]], Array] = np.empty
-    ) -> tuple[Array, Array, Array]:
+    def gather(self, indices: Any, allocate: Allocate = np.empty) -> Rows:
         """Return cells' counts as plain arrays: what `rows` wraps, without the wrapping.
 
         Parameters
         ----------
         indices : int array [n], bool array [cells] or slice
             Cells by their number in the store.
-        empty : callable
-            Makes an array of a size and dtype; a caller in a hurry gives memory that it has used before.
+        allocate : callable
+            Makes an array of a size and dtype; give a RowBuffer to use the same memory again.
 
         Returns
         -------
@@ -157,17 +154,15 @@ class CellStore:
         counts : float32 [nnz]
         """
         narrow = np.dtype(np.uint16 if self.shape[1] <= 1 << 16 else np.uint32)
-        return self._gather(self.numbers_of(indices), narrow, empty)
+        return self._gather(self.numbers_of(indices), narrow, allocate)
 
-    def _gather(
-        self, cells: Array, gene_type: np.dtype[Any], empty: Callable[[int, np.dtype[Any]], Array] = np.empty
-    ) -> tuple[Array, Array, Array]:
+    def _gather(self, cells: Array, gene_type: np.dtype[Any], allocate: Allocate) -> Rows:
         if self._unmapped:
             self._map(cells)
         indptr, shard_of, start_of, bad = locate(cells, self._first, self._table)
         if bad < 0:
-            genes = empty(int(indptr[-1]), gene_type)
-            counts = empty(int(indptr[-1]), np.dtype(np.float32))
+            genes = allocate(int(indptr[-1]), gene_type)
+            counts = allocate(int(indptr[-1]), np.dtype(np.float32))
             bad = copy_rows(self._table, indptr, shard_of, start_of, self.shape[1], genes, counts)
         if bad >= 0:
             raise self.damaged(bad)
@@ -210,22 +205,7 @@ class CellStore:
 
     def numbers_of(self, indices: Any) -> Array:
         """Return cells, given as for `rows`, by number: checked int64."""
-        if isinstance(indices, slice):
-            return np.arange(*indices.indices(len(self)), dtype=np.int64)
-        cells = np.asarray(indices)
-        if cells.dtype == bool:
-            if cells.shape != (len(self),):
-                raise DataError(f"{self.path}: a mask of shape {cells.shape} for {len(self)} cells")
-            return np.flatnonzero(cells).astype(np.int64)
-        if cells.ndim != 1 or (cells.dtype.kind not in "iu" and cells.size):
-            raise DataError(
-                f"{self.path}: cells are asked for by a list of whole numbers, not {cells.dtype} {cells.shape}"
-            )
-        cells = np.ascontiguousarray(cells, np.int64)
-        if cells.size and (cells.min() < 0 or cells.max() >= len(self)):
-            wrong = cells[(cells < 0) | (cells >= len(self))][0]
-            raise DataError(f"{self.path}: no cell {wrong}; there are {len(self)}")
-        return cells
+        return cell_numbers(indices, len(self), self.path)
 
     def _map(self, cells: Array) -> None:
         """Map the shards that the cells are in, where they are not mapped yet."""
@@ -294,8 +274,11 @@ class CellStore:
         UsageError
             A query that cannot be evaluated.
         """
-        chosen = matching(where, self.obs_columns, self._obs, str(self.path))
-        return CellView(self, np.flatnonzero(chosen).astype(np.int64))
+        return CellView(self, self.cells_where(where))
+
+    def cells_where(self, query: str) -> Array:
+        """Return the numbers of the cells that `select` chooses, int64, ascending."""
+        return np.flatnonzero(matching(query, self.obs_columns, self._obs, str(self.path))).astype(np.int64)
 
     @property
     def sources(self) -> list[Source]:

@@ -2,7 +2,7 @@
 """Reading a graph between cells: neighbours and weights of a cell, of many, and neighbours drawn by chance."""
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,11 +11,7 @@ from megacell.core.errors import DataError, UsageError
 from megacell.core.jit import compiled
 from megacell.store.format.canonical import ODD, mix
 from megacell.store.format.graph import FOLDER, map_graph
-
-if TYPE_CHECKING:
-    from megacell.store.read.cell_store import CellStore
-
-Array = np.ndarray[Any, Any]
+from megacell.store.read.reader import Array, StoreReader
 
 
 class Neighbours:
@@ -34,7 +30,7 @@ class Neighbours:
         One from a to b and one from b to a are two.
     """
 
-    def __init__(self, store: "CellStore", name: str) -> None:
+    def __init__(self, store: StoreReader, name: str) -> None:
         graphs = store.manifest.graphs
         if name not in graphs:
             there = f"there are {', '.join(sorted(graphs))}" if graphs else "it has none"

@@ -16,8 +16,8 @@ import pandas as pd
 from megacell.core.cache import cache_directory, keep, mapped
 from megacell.core.errors import DataError, UsageError
 from megacell.core.jit import compiled
-from megacell.store import CellStore
 from megacell.store.read.query import matching
+from megacell.store.read.reader import CellReader
 
 BLOCK = 64  # bytes of the bitmap between two entries of the directory
 CELLS_AT_ONCE = 1 << 22
@@ -103,7 +103,7 @@ def _select(bits: np.ndarray, before: np.ndarray, places: np.ndarray, cells: np.
 
 
 def choose_cells(
-    store: CellStore, where: str | None = None, exclude: Mapping[str, Sequence[Any]] | None = None
+    store: CellReader, where: str | None = None, exclude: Mapping[str, Sequence[Any]] | None = None
 ) -> CellSet:
     """Choose cells by their metadata.
 
@@ -111,7 +111,7 @@ def choose_cells(
 
     Parameters
     ----------
-    store : CellStore
+    store : CellReader
     where : str, optional
         A query that has to hold for a cell, as of `CellStore.select`: ``tissue == "lung" and age > 40``.
     exclude : mapping of column to values, optional
@@ -143,14 +143,14 @@ def choose_cells(
     return cells
 
 
-def column_of(store: CellStore, name: str) -> pd.Series:
+def column_of(store: CellReader, name: str) -> pd.Series:
     """Return a column of obs by the cells' numbers; UsageError names those there are."""
     if name not in store.obs_columns:
         raise UsageError(f"{store.path}: no obs column {name!r}; there are {', '.join(store.obs_columns)}")
     return store.obs_slice([name])[name]
 
 
-def _with(store: CellStore, column: str, values: list[str]) -> np.ndarray:
+def _with(store: CellReader, column: str, values: list[str]) -> np.ndarray:
     """Return which cells have one of the values, bool [cells]."""
     codes, present = pd.factorize(column_of(store, column))
     text = [str(value) for value in present]

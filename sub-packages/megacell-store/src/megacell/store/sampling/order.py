@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cells make up global batch k, and which rank and micro-batch takes which. Nothing here reads a cell.
+"""Which cells make up global batch k, as a function of k alone: shuffled, in blocks, or by weight. Reads no cell.
 
 An epoch's order is a keyed permutation evaluated position by position: a Feistel network over the smallest power of
 two that holds n, walked along its cycle until it falls below n (Black and Rogaway 2002). So an epoch of a billion
-cells needs no array, and any step can be computed at once. Work is shared out by token count with the
-longest-processing-time rule (Graham 1969).
+cells needs no array, and any step can be computed at once.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import pandas as pd
 from megacell.core.errors import UsageError
 from megacell.core.jit import compiled
 from megacell.core.rng import ORDER, philox, philox_words, stream_key
-from megacell.store import CellStore
+from megacell.store.read.reader import CellReader
 from megacell.store.sampling.cell_set import CellSet, column_of
 
 ROUNDS = 8
@@ -80,10 +79,10 @@ def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
 
 
 class Order(Protocol):
-    """Which of n cells stand where in an endless sequence of epochs: a pure function of the place."""
+    """Which of n cells stand where in an endless sequence of epochs: a pure function of the position."""
 
     def draw(self, positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which cell (0 … n - 1) stands at each of consecutive positions, and the epoch of its masks; int64."""
+        """Return which cell (0 … n - 1) stands at each of consecutive positions, and its epoch, both int64."""
 
 
 class Shuffled:
@@ -190,7 +189,7 @@ class Weighted:
         return float(1 / (self._shares[drawn] ** 2 / self._sizes[drawn]).sum())
 
     def draw(self, positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `Order`; each draw is an epoch of its own, so that a cell that comes often is masked anew each time."""
+        """See `Order`; each draw is an epoch of its own, so that a cell drawn twice has other random numbers."""
         if n != len(self._by_group):
             raise UsageError(f"order: groups of {len(self._by_group)} cells for a stream of {n}; give one a cell")
         uniform = _uniform(positions.astype(np.uint64), stream_key(seed, 0, ORDER))
@@ -220,7 +219,7 @@ def global_batch(step: int, size: int, n: int, seed: int, order: Order | None = 
         Numbers from 0 to n - 1: positions step x size … step x size + size - 1 of the sequence. A batch may straddle
         two epochs.
     epochs : np.ndarray, int64 [size]
-        The epoch of each one's masks.
+        The epoch of each one's random numbers.
     """
     positions = np.arange(step * size, (step + 1) * size, dtype=np.int64)
     return (order or Shuffled()).draw(positions, n, seed)
@@ -233,7 +232,7 @@ def some_of(cells: np.ndarray, most: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(cells, most, replace=False))
 
 
-def balanced(store: CellStore, column: str, cells: CellSet) -> tuple[Weighted, str]:
+def balanced(store: CellReader, column: str, cells: CellSet) -> tuple[Weighted, str]:
     """Return the order that draws each value of a column of obs as often as every other, and a line for the log.
 
     Cells without a value are one group more.

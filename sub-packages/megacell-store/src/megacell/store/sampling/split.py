@@ -10,7 +10,7 @@ import pandas as pd
 
 from megacell.core.errors import DataError, UsageError
 from megacell.core.jit import compiled
-from megacell.store import CellStore
+from megacell.store.read.reader import CellReader
 
 DONOR, SOURCE, CELL = "donor_id", "source", "cell"
 LEVELS = (DONOR, SOURCE, CELL)  # tried in this order by "auto"
@@ -80,7 +80,7 @@ class Split:
     line: str
 
 
-def split_cells(store: CellStore, settings: SplitSettings) -> Split:
+def split_cells(store: CellReader, settings: SplitSettings) -> Split:
     """Split a store's cells into those to train on, those for validation and those for a test.
 
     Groups (donors, sources) are taken in an order keyed by the seed until the share for validation is reached, and then
@@ -91,7 +91,7 @@ def split_cells(store: CellStore, settings: SplitSettings) -> Split:
 
     Parameters
     ----------
-    store : CellStore
+    store : CellReader
         Whose cells.
     settings : SplitSettings
         By what, how many, which seed.
@@ -136,7 +136,7 @@ def split_cells(store: CellStore, settings: SplitSettings) -> Split:
     return Split(train, validation, test, level, line)
 
 
-def _sides(store: CellStore, level: str, settings: SplitSettings) -> tuple[np.ndarray | None, str]:
+def _sides(store: CellReader, level: str, settings: SplitSettings) -> tuple[np.ndarray | None, str]:
     """Return the side of each cell at one level, int8 [cells], or None; and the verdict in words."""
     if not settings.holdout + settings.test:
         return np.full(len(store), TRAIN, np.int8), "none held out, as asked for"
@@ -168,7 +168,7 @@ def _sides(store: CellStore, level: str, settings: SplitSettings) -> tuple[np.nd
     return side[group], verdict
 
 
-def _groups(store: CellStore, level: str) -> tuple[np.ndarray, list[str]]:
+def _groups(store: CellReader, level: str) -> tuple[np.ndarray, list[str]]:
     """Return each cell's group and the groups' names; cells without a value are grouped by their source."""
     sources = np.asarray(store.source_of)
     names = [source.name for source in store.sources]

@@ -87,10 +87,10 @@ def _automatic(file: Container, names: list[str], ids: Ids) -> Choice:
     fuller = [name for name in known if width[name] > width[best]]
     if fuller:
         reasons = "; ".join(f"{name} has {width[name]:,} genes but {verdicts[name].reason}" for name in fuller)
-        mend = f"--counts {best} takes these alone"
+        fix = f"--counts {best} takes these alone"
         if _recovers(_open(file, _fullest(file, names), ids)):
-            mend += ", --counts recover all genes"
-        raise DataError(f"{file.path}: {best} holds counts of only {width[best]:,} genes ({reasons}); {mend}")
+            fix += ", --counts recover all genes"
+        raise DataError(f"{file.path}: {best} holds counts of only {width[best]:,} genes ({reasons}); {fix}")
     return _settle(found[best], verdicts[best].kind)
 
 

@@ -137,7 +137,7 @@ def read_id_map(path: Path) -> dict[str, str]:
         if not line.strip():
             continue
         if len(fields) != 2 or not all(fields):
-            raise DataError(f"{path}, line {number}: needs a name and an id; mend the line")
+            raise DataError(f"{path}, line {number}: needs a name and an id; fix the line")
         if found.setdefault(fields[0], fields[1]) != fields[1]:
             raise DataError(f"{path}, line {number}: {fields[0]!r} has two ids; leave one out")
     return found

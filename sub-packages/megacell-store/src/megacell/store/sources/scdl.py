@@ -79,8 +79,8 @@ class ScdlBlock(Container):
         if not names or not any((self.path / name).exists() for name in NEIGHBOURS):
             return {}
         if len(names) > 1:
-            mend = "the archive has one graph, whose name it does not tell"
-            raise UsageError(f"{self.path}: {mend}; give one --neighbours, which it shall be called")
+            fix = "the archive has one graph, whose name it does not tell"
+            raise UsageError(f"{self.path}: {fix}; give one --neighbours, which it shall be called")
         indptr, indices, data = _neighbours(self.path, len(self._arrays["ROWPTR"]) - 1)
         pointers = indptr[self._start : self._stop + 1]
         if without := self._stop - self._start + 1 - len(pointers):

@@ -122,8 +122,8 @@ class CellSource:
             raise DataError(f"{self.path}: its graphs cannot be read ({line}); leave --neighbours out") from error
         for name, matrix in found.items():
             if matrix.shape != (self.n_cells, self.n_cells):
-                mend = f"write the file again, or leave --neighbours {name} out"
-                raise DataError(f"{matrix.place}: is {matrix.shape}, not square over {self.n_cells:,} cells; {mend}")
+                fix = f"write the file again, or leave --neighbours {name} out"
+                raise DataError(f"{matrix.place}: is {matrix.shape}, not square over {self.n_cells:,} cells; {fix}")
             matrix.scratch = self._choice.matrix.scratch
         return found
 
@@ -214,8 +214,8 @@ class CellSource:
         found = values[some]
         whole, bad = recover_rows(pointers, found.astype(np.float64), tolerances(found, precision))
         if bad >= 0:
-            mend = "find the file's counts: --counts X|raw|layer:NAME"
-            raise DataError(f"{place}, cell {first + bad}: no whole counts encode to the stored values; {mend}")
+            fix = "find the file's counts: --counts X|raw|layer:NAME"
+            raise DataError(f"{place}, cell {first + bad}: no whole counts encode to the stored values; {fix}")
         counts[some] = whole
         return counts
 
@@ -282,8 +282,8 @@ def open_source(
             choice = choose_counts(file, counts, gene_ids, own_ids)
         choice.matrix.scratch = scratch
         if choice.settled.kind == LENGTH_NORMALISED and not allow_length_normalised:
-            mend = "give counts, or --allow-length-normalised (medians of counts do not apply)"
-            raise DataError(f"{choice.matrix.place}: totals of a million look like TPM; {mend}")
+            fix = "give counts, or --allow-length-normalised (medians of counts do not apply)"
+            raise DataError(f"{choice.matrix.place}: totals of a million look like TPM; {fix}")
         return CellSource(file, choice)
     except DAMAGE as error:
         if file is not None:

@@ -69,8 +69,8 @@ def settle_species(
         return expected, ""
     evidence = [("gene ids say", from_ids), ("the file says", from_file), ("symbols are written as for", from_case)]
     words = ", ".join(f"{what} {' and '.join(sorted(names))}" for what, names in evidence if names)
-    mend = f"put it into a store of its own: --species {next(iter(from_ids or found_all))}"
-    raise DataError(f"{where}: {words}, but the store is of {expected} cells; {mend}")
+    fix = f"put it into a store of its own: --species {next(iter(from_ids or found_all))}"
+    raise DataError(f"{where}: {words}, but the store is of {expected} cells; {fix}")
 
 
 def _species_of_ids(gene_ids: Texts) -> set[str]:

@@ -13,6 +13,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,10 +27,10 @@ NAME = re.compile(r"step-(\d{8})")
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}  # Megatron's form that any layout can load
 
 
-def read_facts(checkpoint: Path) -> dict:
+def read_facts(checkpoint: Path) -> dict[str, Any]:
     """Return ``checkpoint.json``; DataError if the checkpoint is not whole."""
     try:
-        facts = json.loads((checkpoint / MARKER).read_text())
+        facts: dict[str, Any] = json.loads((checkpoint / MARKER).read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{checkpoint}: no readable {MARKER}: not a whole checkpoint; take another") from error
     if facts.get("format") != FORMAT or facts.get("version", 0) > VERSION:
@@ -37,7 +38,7 @@ def read_facts(checkpoint: Path) -> dict:
     return facts
 
 
-def check(checkpoint: Path) -> dict:
+def check(checkpoint: Path) -> dict[str, Any]:
     """Return the facts of a checkpoint whose every file has its size and xxh3; DataError names the one that has not."""
     facts = read_facts(checkpoint)
     for name, (size, digest) in facts["files"].items():
@@ -97,23 +98,23 @@ def prune(folder: Path, keep: int, best: int) -> None:
             shutil.rmtree(path)
 
 
-def sharding() -> dict:
+def sharding() -> dict[str, Any]:
     """Return how Megatron is to lay weights and optimizer state out."""
     from megatron.core import parallel_state
 
     return {**SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _wanted(bert, optimizer) -> dict:
+def _wanted(network: Any, optimizer: Any) -> dict[str, Any]:
     """Return what this rank wants of a checkpoint, in Megatron's form."""
-    model = bert.sharded_state_dict(metadata=sharding())
+    model = network.sharded_state_dict(metadata=sharding())
     state = {"model": {name: part for name, part in model.items() if not name.endswith("_extra_state")}}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=sharding())
     return state
 
 
-def load(checkpoint: Path, bert, optimizer=None) -> dict:
+def load(checkpoint: Path, network: Any, optimizer: Any = None) -> dict[str, Any]:
     """Load weights, and the optimizer's state where one is given, into what stands on this rank; returns the facts.
 
     The layout of ranks need not be the one that saved it. The files were checked by ``newest`` or ``check``.
@@ -124,15 +125,15 @@ def load(checkpoint: Path, bert, optimizer=None) -> dict:
     refuse_foreign_pickles(checkpoint)
     if optimizer is not None:
         _prepare(optimizer)
-    loaded = dist_checkpointing.load(_wanted(bert, optimizer), str(checkpoint))
-    bert.load_state_dict(loaded["model"], strict=False)
+    loaded = dist_checkpointing.load(_wanted(network, optimizer), str(checkpoint))
+    network.load_state_dict(loaded["model"], strict=False)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)
     return facts
 
 
-def _prepare(optimizer) -> None:
+def _prepare(optimizer: Any) -> None:
     """Mend two gaps of Megatron 0.16.1 with torch's Adam: state that is not there yet, and its per-parameter step."""
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
@@ -143,7 +144,7 @@ def _prepare(optimizer) -> None:
         if HAVE_APEX_OR_TE:
             continue
 
-        def copy_states(model_param, tensors, part=part):
+        def copy_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor], part: Any = part) -> None:
             group, order = part.model_param_group_index_map[model_param]
             main = part.optimizer.param_groups[group]["params"][order]
             main.data.copy_(tensors["param"])
@@ -154,7 +155,7 @@ def _prepare(optimizer) -> None:
         part._set_main_param_and_optimizer_states = copy_states
 
 
-def begin_state(optimizer) -> None:
+def begin_state(optimizer: Any) -> None:
     """Make the optimizer's state of step 0, which torch makes at the first update: that one may come after a save."""
     from megacell.training.engine import parts
 
@@ -173,7 +174,7 @@ def begin_state(optimizer) -> None:
                 state["step"].zero_()
 
 
-def _separate_steps(optimizer) -> None:
+def _separate_steps(optimizer: Any) -> None:
     """Give each parameter a step of its own: Megatron hands all of them one tensor, which each update would raise.
 
     Which kernel counts them, and where, is this machine's choice, not that of the one that wrote the file.

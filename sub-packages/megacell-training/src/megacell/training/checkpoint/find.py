@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from megacell.core.errors import DataError, UsageError
+from megacell.training.checkpoint import checkpoint
 
 BEST = "best"  # RUN/best: of a run's checkpoints, the one of the lowest held-out loss
 log = logging.getLogger(__name__)
@@ -12,11 +13,8 @@ log = logging.getLogger(__name__)
 
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that ``path`` is, the newest whole one of the run that it is, or the best for RUN/best."""
-    from megacell.training.checkpoint import checkpoint
-
     if path.name == BEST and not path.exists() and (path.parent / "checkpoints").is_dir():
         return checkpoint.best(path.parent / "checkpoints")
-
     if (path / checkpoint.MARKER).is_file():
         checkpoint.check(path)
         return path

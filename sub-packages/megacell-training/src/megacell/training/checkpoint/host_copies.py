@@ -6,7 +6,9 @@ parameters up where gradients are reduced in several buckets, as they are from 4
 here has the same form on disk: whole parameters, which any layout of ranks can load.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,16 +27,16 @@ class HostCopies:
 
     Parameters
     ----------
-    bert : PackedBert
+    network : PackedBert
     optimizer : ChainedOptimizer
         Megatron's, over one DistributedOptimizer.
     """
 
-    def __init__(self, bert, optimizer):
-        self.bert, (self.part,) = bert, optimizer.chained_optimizers
+    def __init__(self, network: Any, optimizer: Any):
+        self.network, (self.part,) = network, optimizer.chained_optimizers
         self.group = parallel_state.get_data_parallel_group_gloo()  # used by nothing else: a thread may talk in it
         self.ranks, self.first = self.group.size(), self.group.rank() == 0
-        self._room: dict[tuple, torch.Tensor] = {}
+        self._room: dict[tuple[str, object], torch.Tensor] = {}
         self._buckets = [
             (number, buffer, bucket) for number, buffer in enumerate(self.part.buffers) for bucket in buffer.buckets
         ]
@@ -42,7 +44,7 @@ class HostCopies:
             shares = sum(bucket.grad_data.numel() // self.ranks for *_, bucket in self._buckets)
             self._shares = {state: self._get("share", state, (shares,)) for state in STATES}
 
-    def take(self, metadata: dict) -> dict:
+    def take(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Copy what this rank holds, and return what Megatron saves of it; the caller may train on.
 
         Parameters
@@ -53,7 +55,7 @@ class HostCopies:
         (ddp,) = self.part.model_chunks
         if ddp.ddp_config.overlap_param_gather:
             ddp.start_param_sync(force_sync=True)  # else they would come with the next forward pass
-        weights = self.bert.sharded_state_dict(metadata=metadata)
+        weights = self.network.sharded_state_dict(metadata=metadata)
         # an _extra_state is pickled bytes, which torch would read back through an open unpickler; ours are empty
         weights = {name: entry for name, entry in weights.items() if not name.endswith("_extra_state")}
         entries = {entry.data: entry for entry in nested_values(weights)}
@@ -81,17 +83,24 @@ class HostCopies:
             if shares is not None:
                 self._put_together(state, shares)
 
-    def _get(self, kind: str, name: object, shape, dtype=torch.float32, replica_id=0) -> torch.Tensor:
+    def _get(
+        self,
+        kind: str,
+        name: object,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        replica_id: int | tuple[int, ...] = 0,
+    ) -> torch.Tensor:
         """Return room, which costs memory only where it is written to."""
         if (kind, name) not in self._room:
             pinned = torch.cuda.is_available() and is_main_replica(replica_id)
             self._room[kind, name] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
         return self._room[kind, name]
 
-    def _parameters(self):
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
         return (param for buffer in self.part.buffers for param in buffer.param_index_map)
 
-    def _whole(self, entry, param) -> dict:
+    def _whole(self, entry: Any, param: torch.nn.Parameter) -> dict[str, Any]:
         """Return the entries of a parameter's state, whole as in the network on this tensor parallel rank."""
         return {
             state: replace(

@@ -4,6 +4,7 @@
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class MetadataUnpickler(pickle.Unpickler):
         ("pathlib", "PosixPath"),
     }  # fmt: skip
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ADMITTED:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)

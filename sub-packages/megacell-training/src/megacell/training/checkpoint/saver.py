@@ -29,7 +29,7 @@ class Saver:
     ----------
     folder : Path
         ``RUN/checkpoints``, seen by all ranks.
-    bert, optimizer
+    network, optimizer
         What is saved.
     keep, best : int
         Checkpoints that stay: the newest, and those of the lowest held-out loss.
@@ -37,16 +37,18 @@ class Saver:
         Write while training goes on; False: ``save`` waits.
     """
 
-    def __init__(self, folder: Path, bert, optimizer, *, keep: int, best: int = 0, asynchronous: bool = True):
+    def __init__(
+        self, folder: Path, network: Any, optimizer: Any, *, keep: int, best: int = 0, asynchronous: bool = True
+    ):
         self.folder, self.keep, self.best, self.asynchronous = folder, keep, best, asynchronous
         self.first = dist.get_rank() == 0
-        self._copies = HostCopies(bert, optimizer)
+        self._copies = HostCopies(network, optimizer)
         self._copies.take(checkpoint.sharding())  # memory is slow when first written to: not at the first save
         self._request: Any = None  # Megatron's, until all ranks have written
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, step: int, facts: dict) -> Path:
+    def save(self, step: int, facts: dict[str, Any]) -> Path:
         """Save what stands now; returns the folder that it will be, at the latest after ``wait``.
 
         Parameters
@@ -145,8 +147,8 @@ class Saver:
             return
         transforms, *_ = self._request.async_fn.args
         _, buckets, results = self._request.async_fn_args
-        done: queue.Queue = queue.Queue()
-        count: queue.Queue = queue.Queue()
+        done: queue.Queue[tuple[int, Any]] = queue.Queue()
+        count: queue.Queue[int] = queue.Queue()
         answers = {}
         for number, bucket in enumerate(buckets):
             count.put(number)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `megacell doctor` says of training: torch, GPUs, and what a run would take and why. torch is imported late."""
+"""The checks of `megacell doctor` for training: torch, GPUs, what a run would use and why; torch is imported late."""
 
 import importlib
 import os
@@ -8,26 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megacell.core.cli.doctor import doctor_looks
-from megacell.core.findings import OK, WARNING, WRONG, Finding, package_versions
+from megacell.core.findings import OK, WARNING, WRONG, Finding
+from megacell.core.versions import own_distributions, package_versions
 
-_SHOWN = ("megacell-geneformer", "torch", "megatron-core", "nemo-toolkit", "lightning", "hydra-core")
+_SHOWN = ("torch", "megatron-core", "nemo-toolkit", "lightning", "hydra-core")
 _OPTIONAL = ("transformer-engine", "flash-attn", "wandb")
 _COMPILED = {"transformer-engine": "transformer_engine.pytorch", "flash-attn": "flash_attn"}  # built against one torch
 _DRIVER = Path("/proc/driver/nvidia/version")
 _OLDEST = (8, 0)  # compute capability; Ampere, the first with bf16
 
 
-def register_doctor(commands: Any) -> None:
-    """Let `megacell doctor` look at what training needs."""
-    doctor_looks(commands).append(look)
+def check(quick: bool) -> list[Finding]:
+    """Return versions and the cache, and unless it has to be quick what needs torch imported.
 
-
-def look(quick: bool) -> list[Finding]:
-    """Return versions, and unless it has to be quick what importing torch tells."""
+    An entry point of the group `core.versions.CHECKS`.
+    """
     from megacell.core.cache import cache_directory
 
-    found = package_versions(["megacell-geneformer", "megacell"], _SHOWN, _OPTIONAL)
+    found = package_versions(own_distributions(), _SHOWN, _OPTIONAL)
     found.append(cache(cache_directory()))
     if quick:
         return found
@@ -44,8 +42,8 @@ def cache(folder: Path) -> Finding:
     there = next(each for each in (folder, *folder.parents) if each.exists())
     if os.access(there, os.W_OK):
         return Finding("machine", "cache", str(folder))
-    mend = "token counts and compiled loops are made anew each time: set MEGACELL_CACHE and NUMBA_CACHE_DIR"
-    return Finding("machine", "cache", f"{folder} cannot be written", WARNING, mend)
+    fix = "token counts and compiled loops are made anew each time: set MEGACELL_CACHE and NUMBA_CACHE_DIR"
+    return Finding("machine", "cache", f"{folder} cannot be written", WARNING, fix)
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Torch:
-    """What torch says of itself and of the GPUs; None where its build has none of it."""
+    """Versions and GPUs that torch reports; None where its build has none of it."""
 
     version: str
     cuda: str | None = None
@@ -70,7 +68,7 @@ class Torch:
 
     @classmethod
     def here(cls) -> "Torch":
-        """Ask the torch that is installed."""
+        """Return what the installed torch reports."""
         import torch
 
         if not torch.version.cuda:
@@ -84,15 +82,15 @@ class Torch:
         return cls(torch.__version__, torch.version.cuda, str(torch.backends.cudnn.version()), nccl, gpus)
 
     def findings(self, driver: bool) -> list[Finding]:
-        """Return them; `driver`: whether an NVIDIA driver is loaded."""
+        """Return what this means for training; `driver`: whether an NVIDIA driver is loaded."""
         found = [Finding("GPU", "CUDA of torch", self.cuda or "none: a CPU build")]
         if self.cuda:
             found += [Finding("GPU", "cuDNN", self.cudnn or "none"), self._nccl()]
         for number, gpu in enumerate(self.gpus):
             value = f"{gpu.name}, {gpu.memory / 2**30:,.0f} GiB, {gpu.free / 2**30:,.0f} free"
             old = gpu.capability < _OLDEST
-            mend = "older than Ampere: no bf16, take precision=fp32" if old else ""
-            found.append(Finding("GPU", f"GPU {number}", value, WARNING if old else OK, mend))
+            fix = "older than Ampere: no bf16, take precision=fp32" if old else ""
+            found.append(Finding("GPU", f"GPU {number}", value, WARNING if old else OK, fix))
         if not self.gpus:
             found.append(self._no_gpu(driver))
         return found
@@ -104,16 +102,16 @@ class Torch:
 
     def _no_gpu(self, driver: bool) -> Finding:
         if driver and not self.cuda:
-            mend = "there is a GPU, and this torch cannot use it: install a CUDA build of the same version"
-            return Finding("GPU", "GPUs", "none that torch sees", WRONG, mend)
+            fix = "there is a GPU, and this torch cannot use it: install a CUDA build of the same version"
+            return Finding("GPU", "GPUs", "none that torch sees", WRONG, fix)
         if driver:
-            mend = f"the driver may be too old for CUDA {self.cuda} (nvidia-smi), or CUDA_VISIBLE_DEVICES hides it"
-            return Finding("GPU", "GPUs", "none that torch sees", WRONG, mend)
+            fix = f"the driver may be too old for CUDA {self.cuda} (nvidia-smi), or CUDA_VISIBLE_DEVICES hides it"
+            return Finding("GPU", "GPUs", "none that torch sees", WRONG, fix)
         return Finding("GPU", "GPUs", "none")
 
 
 def compiled() -> list[Finding]:
-    """Return what is installed and cannot be imported, as after a change of torch."""
+    """Return the compiled packages that are installed and cannot be imported, as after a change of torch."""
     found = []
     for name, module in _COMPILED.items():
         if not importlib.util.find_spec(module.split(".")[0]):
@@ -122,9 +120,8 @@ def compiled() -> list[Finding]:
             importlib.import_module(module)
         except Exception as error:  # whatever a library built for another torch may raise
             text = f"cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
-            found.append(
-                Finding("versions", name, text, WRONG, f"build it again for this torch, or pip uninstall {name}")
-            )
+            fix = f"build it again for this torch, or pip uninstall {name}"
+            found.append(Finding("versions", name, text, WRONG, fix))
     return found
 
 
@@ -142,7 +139,7 @@ def choices(torch_here: Torch) -> list[Finding]:
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         found.append(Finding("what a run takes", f"attention, {precision}", choose_backend(where, dtype)))
     missing = missing_to_compile()
-    found.append(Finding("what a run takes", "compile=true", f"needs {missing}" if missing else "can be had"))
+    found.append(Finding("what a run takes", "compile=true", f"needs {missing}" if missing else "available"))
     advice = "bf16: half the memory, and several times the speed" if bf16 else "fp32: bf16 gains nothing here"
     return [*found, Finding("what a run takes", "precision advised", advice)]
 

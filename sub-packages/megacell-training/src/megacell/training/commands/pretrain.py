@@ -25,7 +25,7 @@ exit codes: 0 done, 1 bad data, 2 wrong usage, 75 ended by SIGTERM, SIGUSR1 or C
 """
 
 
-def register_pretrain(commands: Any) -> None:
+def register(commands: Any) -> None:
     parser = add_command(commands, "pretrain", "train a model on a store (a Hydra app: OPTION=VALUE)", _PRETRAIN)
     settings = parser.add_argument("settings", nargs="*", metavar="OPTION=VALUE", help="Hydra overrides")
     setattr(settings, WORDS, _option_words)

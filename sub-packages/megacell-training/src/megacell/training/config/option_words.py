@@ -7,20 +7,19 @@ from typing import Any
 
 def option_words() -> dict[str, list[str]]:
     """Return each option's name, as it is typed before "=", with its values; none where anything may stand there."""
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from omegaconf import OmegaConf
 
-    from megacell.training.config.settings import SCHEDULES, config_dir
+    from megacell.training.config.settings import SCHEDULES, config_dirs, hydra_configs, searchpath
+    from megacell.training.family import find_family
 
-    folder = config_dir()
-    groups = {
-        group.name: sorted(file.stem for file in group.glob("*.yaml"))
-        for group in sorted(folder.iterdir())
-        if group.is_dir()
-    }
-    with initialize_config_dir(str(folder), version_base="1.3"):
-        options = dict(_leaves(OmegaConf.to_container(compose("pretrain"))))
+    groups: dict[str, list[str]] = {}
+    for file in sorted(file for folder in config_dirs() for file in folder.glob("*/*.yaml")):
+        groups.setdefault(file.parent.name, []).append(file.stem)
+    with hydra_configs(find_family()):
+        options = dict(_leaves(OmegaConf.to_container(compose("pretrain", [searchpath()]))))
     found = {name: ["true", "false"] if isinstance(value, bool) else [] for name, value in options.items()}
+    groups = {name: sorted(values) for name, values in sorted(groups.items())}
     return {**groups, **found, "optim.schedule": list(SCHEDULES)}
 
 

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's settings: composed by Hydra from configs/ and the command line, and checked before anything starts."""
+"""A run's settings: composed by Hydra from the options of training and of the family, and checked before it starts."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from megacell.core.errors import UsageError
-from megacell.geneformer.pretraining.settings import ORDERS, model_config
+from megacell.training.family import DEFAULT, ModelFamily, find_family
 from megacell.training.nn.layout import Layout
 
 SAVED = "config.yaml"  # in the run folder: what the run was started with
 ELSEWHERE = ("launcher", "sweep")  # how the processes are started: not a part of the run, may change at any time
-KEPT = ("seed", "batch.cells", "model", "data", "init", "precision")  # what makes a run the run that it is
+KEPT = ("family", "seed", "batch.cells", "model", "data", "init", "precision")  # what makes a run the run that it is
 FREE = ("data.prefetch", "data.threads")  # but not these
 QUERY = "data.where="
 SCHEDULES = ("cosine", "linear", "constant")
@@ -19,15 +22,44 @@ REFUSED = {  # of Megatron's ways to spread a network, those that nothing here n
     "pipeline": "the layers stay together; raise parallel.tensor where a copy does not fit on one GPU",
     "context": "a cell stays in one piece; parallel.sequence shares its tokens among the ranks of parallel.tensor",
 }
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # the groups that all families share
 
 
-def config_dir() -> Path:
-    """Return the folder of Hydra's YAML: inside the installed package, or at the root of a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "configs", *(p / "configs" for p in package.parents)):
-        if (folder / "pretrain.yaml").is_file():
-            return folder
-    raise UsageError(f"{package}: no configs folder beside or above it: install Megacell again")
+def family_of(overrides: list[str]) -> ModelFamily:
+    """Return the family that a command line asks for: by ``family=``, or as the run that it resumes recorded it.
+
+    Raises
+    ------
+    UsageError
+        It is not installed.
+    """
+    chosen = {key_of(o): o.partition("=")[2] for o in overrides}
+    if "family" in chosen:
+        return find_family(chosen["family"])
+    saved = Path(chosen.get("out", "")) / SAVED
+    if chosen.get("resume", "").lower() == "true" and saved.is_file():
+        recorded: Any = OmegaConf.load(saved)  # a mapping, as a run writes it
+        return find_family(recorded.get("family", DEFAULT))
+    return find_family()
+
+
+def config_dirs(family: str = DEFAULT) -> list[Path]:
+    """Return the folders of Hydra's YAML: the family's own, where pretrain.yaml lies, and that of training."""
+    return [find_family(family).configs, CONFIGS]
+
+
+def searchpath() -> str:
+    """Return the override that lets Hydra find the options of training beside a family's."""
+    return f"hydra.searchpath=['file://{CONFIGS}']"
+
+
+@contextlib.contextmanager
+def hydra_configs(family: ModelFamily) -> Iterator[None]:
+    """Let Hydra compose from a family's folder inside."""
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(family.configs), version_base="1.3"):
+        yield
 
 
 def key_of(override: str) -> str:
@@ -49,17 +81,17 @@ def compose(overrides: list[str]) -> DictConfig:
         For an unknown option, a missing or malformed value, or sizes that do not fit.
     """
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+    family = family_of(overrides)
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = hydra_compose("pretrain", [o for o in overrides if not o.startswith(QUERY)])
+        with hydra_configs(family):
+            cfg = hydra_compose("pretrain", [searchpath(), *(o for o in overrides if not o.startswith(QUERY))])
         for query in (o.removeprefix(QUERY) for o in overrides if o.startswith(QUERY)):
             cfg.data.where = None if query == "null" else query  # as it stands: Hydra would want quotes around it
         if cfg.resume:
-            cfg = _resumed(cfg, overrides)
+            cfg = _resumed(cfg, overrides, family)
         cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     except (MissingMandatoryValue, InterpolationKeyError) as error:  # the latter: ${given.…} of an experiment
         raise UsageError(f"{error.full_key}=… must be given") from error
@@ -68,10 +100,11 @@ def compose(overrides: list[str]) -> DictConfig:
         raise UsageError(f"{text}; `megacell pretrain --cfg …` prints all options") from error
     OmegaConf.set_struct(cfg, True)
     _check(cfg)
+    family.check(cfg)
     return cfg
 
 
-def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+def _resumed(cfg: DictConfig, overrides: list[str], family: ModelFamily) -> DictConfig:
     """Return what a run was started with, with what was given anew; refuse what would make it another run."""
     if OmegaConf.is_missing(cfg, "out"):
         raise UsageError("resume=true needs out=RUN, the run to go on with")
@@ -82,7 +115,8 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     for key in map(key_of, given):
         if key in FREE:
             continue
-        if key.split(".")[0] in KEPT or key in KEPT or (config_dir() / key).is_dir():
+        group = any((folder / key).is_dir() for folder in (family.configs, CONFIGS))
+        if key.split(".")[0] in KEPT or key in KEPT or group:
             raise UsageError(f"{key}=…: a run that goes on keeps it; start a new one, with init={cfg.out}")
     merged = OmegaConf.merge(
         cfg, OmegaConf.load(saved), OmegaConf.from_dotlist(given), {"resume": True, "out": cfg.out}
@@ -91,14 +125,19 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     return merged
 
 
-def _check(cfg: DictConfig) -> None:
-    positive = ("steps", "devices", "batch.cells", "batch.tokens", "validation.every", "validation.cells",
-                "checkpoint.every", "checkpoint.keep", "guard.window", "guard.stop_after", "log_every",
-                "parallel.tensor", "data.prefetch", "data.block", "data.blocks")  # fmt: skip
-    for name in positive:
+def check_positive(cfg: DictConfig, names: Iterable[str]) -> None:
+    """Raise UsageError unless each of the options is a whole number of at least 1."""
+    for name in names:
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"{name}={value}: must be a whole number of at least 1")
+
+
+def _check(cfg: DictConfig) -> None:
+    positive = ("steps", "devices", "batch.cells", "batch.tokens", "validation.every", "validation.cells",
+                "checkpoint.every", "checkpoint.keep", "guard.window", "guard.stop_after", "log_every",
+                "parallel.tensor", "data.prefetch")  # fmt: skip
+    check_positive(cfg, positive)
     _check_guard(cfg)
     for name in ("lr", "min_lr", "warmup", "hold", "weight_decay", "beta1", "beta2", "eps", "clip"):
         if not isinstance(cfg.optim[name], int | float) or cfg.optim[name] < 0:
@@ -115,11 +154,8 @@ def _check(cfg: DictConfig) -> None:
             "lower them, or raise steps"
         )
     _check_parallel(cfg)
-    _check_data(cfg.data)
-    model = model_config(cfg, vocabulary_size=1)
-    model.check_parallel(cfg.parallel.tensor)
-    if cfg.batch.tokens < model.max_length:
-        raise UsageError(f"batch.tokens={cfg.batch.tokens}: must be at least model.max_length={model.max_length}")
+    if not isinstance(cfg.data.threads, int) or cfg.data.threads < 0:
+        raise UsageError(f"data.threads={cfg.data.threads}: must be a whole number of at least 0")
 
 
 def _check_parallel(cfg: DictConfig) -> None:
@@ -139,32 +175,6 @@ def layout(cfg: DictConfig) -> Layout:
     return Layout(
         parallel.tensor, sequence, parallel.recompute, cfg.precision, cfg.attention, cfg.compile, cfg.deterministic
     )
-
-
-def _check_data(data: DictConfig) -> None:
-    """Check the options of cells, split and masks, as far as they can be without the store."""
-    from megacell.geneformer.tokens.masking import MaskSettings
-    from megacell.store.sampling.split import SplitSettings
-
-    if not isinstance(data.threads, int) or data.threads < 0:
-        raise UsageError(f"data.threads={data.threads}: must be a whole number of at least 0")
-    if data.order not in ORDERS:
-        raise UsageError(f"data.order={data.order}: choose one of {', '.join(ORDERS)}")
-    if data.balance is not None and data.order != "shuffled":
-        raise UsageError(f"data.balance={data.balance}: draws cells one by one; leave data.order={data.order} out")
-    if data.exclude is not None:
-        if not isinstance(data.exclude, DictConfig):
-            raise UsageError(
-                f"data.exclude={data.exclude}: give values by column, data.exclude={{tissue:[blood,lung]}}"
-            )
-        for column, values in data.exclude.items():
-            data.exclude[column] = values if isinstance(values, ListConfig) else [values]
-    for group in ("masking", "split"):
-        for name, value in data[group].items():
-            if name != "by" and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise UsageError(f"data.{group}.{name}={value}: must be a number")
-    MaskSettings(**data.masking)
-    SplitSettings(**{name: value for name, value in data.split.items() if value is not None})
 
 
 def _check_guard(cfg: DictConfig) -> None:

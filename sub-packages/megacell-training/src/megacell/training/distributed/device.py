@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -87,7 +87,13 @@ def deterministic(asked: bool = True) -> Iterator[None]:
 class _CudaOnCpu(TorchFunctionMode):
     """Factory calls that name a CUDA device, ``.cuda()`` and ``.type()`` are answered for the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
         if kwargs and (named := kwargs.get("device")) is not None and (

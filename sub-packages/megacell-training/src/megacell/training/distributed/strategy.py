@@ -2,6 +2,7 @@
 """Lightning's view of Megatron: starts the process groups, and puts Megatron's engine where torch's DDP would be."""
 
 import contextlib
+from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -17,7 +18,7 @@ class MegatronStrategy(DDPStrategy):
         Ranks that one copy of the network is cut over.
     """
 
-    def __init__(self, tensor_parallel: int, **kwargs):
+    def __init__(self, tensor_parallel: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.tensor_parallel = tensor_parallel
         self._megatron = contextlib.ExitStack()
@@ -31,7 +32,7 @@ class MegatronStrategy(DDPStrategy):
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=self.tensor_parallel)
         self._megatron.callback(parallel_state.destroy_model_parallel)
 
-    def setup(self, trainer) -> None:
+    def setup(self, trainer: Any) -> None:
         """Let the module build its network, once the process groups stand and before Lightning looks at it."""
         self.lightning_module.build()
         super().setup(trainer)

@@ -7,6 +7,7 @@ as ``PackedSeqParams`` and a dropout rate, and gives [T, H, D].
 
 import importlib.util
 import math
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -52,7 +53,9 @@ def check_backend(asked: str, precision: str) -> None:
         raise UsageError(f"attention={asked}: {reason}, or leave it at attention=auto")
 
 
-def _sequences(query, key, value, packed: Any, dropout: float):
+def _sequences(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any, dropout: float
+) -> torch.Tensor:
     bounds = packed.cu_seqlens_q.tolist()
     if dropout and query.device.type == "cpu":
         return attend_dropping(query, key, value, bounds, dropout)
@@ -64,40 +67,42 @@ def _sequences(query, key, value, packed: Any, dropout: float):
     return torch.cat(cells, dim=2)[0].transpose(0, 1)
 
 
-def _flash(query, key, value, packed: Any, dropout: float):
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any, dropout: float) -> torch.Tensor:
     """Call what `scaled_dot_product_attention` calls, with the bounds of packed cells and with dropout.
 
     `torch.nn.attention.varlen` calls it too, and passes no dropout on. It has not been run on a GPU here.
     """
     bounds, longest, scale = packed.cu_seqlens_q, packed.max_seqlen_q, 1 / math.sqrt(query.shape[-1])
-    out = torch.ops.aten._flash_attention_forward(
+    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
         *_multiple_of_8(query, key, value), bounds, bounds, longest, longest, dropout, False, False, scale=scale
     )[0]
     return out[..., : query.shape[-1]]
 
 
-def _efficient(query, key, value, packed: Any, dropout: float):
+def _efficient(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any, dropout: float
+) -> torch.Tensor:
     """Call torch's other kernel in the same way; it has not been run on a GPU here."""
     bounds, longest, scale = packed.cu_seqlens_q, packed.max_seqlen_q, 1 / math.sqrt(query.shape[-1])
     q, k, v = (x[None] for x in _multiple_of_8(query, key, value))
     keep = torch.is_grad_enabled()  # what the backward pass needs
-    out = torch.ops.aten._efficient_attention_forward(
+    out: torch.Tensor = torch.ops.aten._efficient_attention_forward(
         q, k, v, None, bounds, bounds, longest, longest, dropout, 0, keep, scale=scale
     )[0]
     return out[0, ..., : query.shape[-1]]
 
 
-def _multiple_of_8(*tensors):
+def _multiple_of_8(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Fill heads up to the size that the kernels take; zeros change no product."""
     missing = -tensors[0].shape[-1] % 8
     return tensors if not missing else tuple(F.pad(x, (0, missing)) for x in tensors)
 
 
-def _padded(query, key, value, packed: Any, dropout: float):
+def _padded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any, dropout: float) -> torch.Tensor:
     lengths = packed.cu_seqlens_q.diff()
     real = torch.arange(packed.max_seqlen_q, device=query.device) < lengths[:, None]  # [cells, longest]
 
-    def padded(x):
+    def padded(x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros((*real.shape, *x.shape[1:])).index_put((real,), x).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(
@@ -107,7 +112,7 @@ def _padded(query, key, value, packed: Any, dropout: float):
 
 
 @cache
-def _transformer_engine_of(heads: int, size: int, dropout: float):
+def _transformer_engine_of(heads: int, size: int, dropout: float) -> Any:
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(
@@ -115,20 +120,22 @@ def _transformer_engine_of(heads: int, size: int, dropout: float):
     )
 
 
-def _transformer_engine(query, key, value, packed: Any, dropout: float):
+def _transformer_engine(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any, dropout: float
+) -> torch.Tensor:
     """Call Transformer Engine as its documentation has it; it has not been run on a GPU here.
 
     It holds no weights. In this format it takes cuDNN's kernel (Hopper or newer) or FlashAttention's, and raises where
     it has neither; version 3 of the latter has no dropout. Dropout draws from CUDA's default generator.
     """
     bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    out = _transformer_engine_of(query.shape[1], query.shape[2], dropout)(
+    out: torch.Tensor = _transformer_engine_of(query.shape[1], query.shape[2], dropout)(
         query, key, value, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
     return out.view(query.shape)
 
 
-BACKENDS = {
+BACKENDS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]] = {
     "sequences": _sequences,
     "flash": _flash,
     "efficient": _efficient,

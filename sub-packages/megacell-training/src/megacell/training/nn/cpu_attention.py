@@ -36,7 +36,9 @@ DRAWN = 8 * LANES  # fates of them
 _HALF, _LOW = np.uint32(16), np.uint32(0xFFFF)
 
 
-def attend_dropping(query, key, value, bounds: list[int], rate: float):
+def attend_dropping(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], rate: float
+) -> torch.Tensor:
     """Attend within each cell, with dropout of the weights.
 
     Parameters
@@ -56,7 +58,8 @@ def attend_dropping(query, key, value, bounds: list[int], rate: float):
     computed_in = torch.promote_types(query.dtype, torch.float32)
     heads = [x.transpose(0, 1).to(computed_in).contiguous() for x in (query, key, value)]
     seed = int(torch.empty((), dtype=torch.int64).random_())
-    return _DroppingAttention.apply(*heads, bounds, _Dropout(rate, seed)).transpose(0, 1).to(query.dtype)
+    apply: Callable[..., torch.Tensor] = _DroppingAttention.apply
+    return apply(*heads, bounds, _Dropout(rate, seed)).transpose(0, 1).to(query.dtype)
 
 
 class _Dropout:
@@ -66,12 +69,14 @@ class _Dropout:
         self._key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
         self._under = np.uint32(round(rate * 2**16))
 
-    def drop(self, weights, head: int, query: int) -> None:
+    def drop(self, weights: torch.Tensor, head: int, query: int) -> None:
         """Drop, in place."""
         array = weights.numpy()
         _share_out(_drop, array, head, query, self._key, self._under, self._scale(array))
 
-    def drop_both(self, weights, slopes, inner, head: int, query: int) -> None:
+    def drop_both(
+        self, weights: torch.Tensor, slopes: torch.Tensor, inner: torch.Tensor, head: int, query: int
+    ) -> None:
         """Drop, and make of the ``slopes``, the gradients of what was left, those of the scores, in place.
 
         The gradient of a softmax's scores is weight x (its gradient - the row's ``inner`` [heads, R] product of both).
@@ -89,7 +94,9 @@ class _DroppingAttention(torch.autograd.Function):
     """Query, key and value [H, T, D] to the output [H, T, D]."""
 
     @staticmethod
-    def forward(ctx, query, key, value, bounds, dropout):
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], dropout: _Dropout
+    ) -> torch.Tensor:
         out = torch.empty_like(query)
         for heads, cell, blocks in _parts(bounds, len(query)):
             scaled = key[heads, cell] / math.sqrt(key.shape[-1])
@@ -103,7 +110,7 @@ class _DroppingAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out = ctx.saved_tensors
         grad = grad.contiguous()
         inner = (grad * out).sum(-1)  # of each row of weights with its gradient

@@ -4,6 +4,9 @@
 Shapes: M masked positions, V rows of this rank's part of the vocabulary.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -16,7 +19,9 @@ class _CutCrossEntropy(torch.autograd.Function):
     """Keeps the logits and a float a row for the backward pass, which writes the gradient over the logits."""
 
     @staticmethod
-    def forward(ctx, logits, labels, group, compiled):
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup, compiled: bool
+    ) -> torch.Tensor:
         size = logits.shape[1]
         local = labels - group.rank() * size
         mine = (local >= 0) & (local < size)
@@ -35,14 +40,14 @@ class _CutCrossEntropy(torch.autograd.Function):
         return normaliser - picked
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         logits, local, mine, normaliser = ctx.saved_tensors
         for block in _blocks(logits, local, mine, normaliser, gradient):
             fused(write_gradient, ctx.compiled)(*block)
         return logits, None, None, None
 
 
-def _blocks(*tensors: torch.Tensor):
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Cut all along their rows into plain tensors, of even sizes.
 
     A compiled kernel would be made anew for a view of something else, and for a last block of one row.
@@ -67,4 +72,5 @@ def cut_cross_entropy(
     compiled : bool
         Compile its element-wise operations.
     """
-    return _CutCrossEntropy.apply(logits, labels, group, compiled)
+    apply: Callable[..., torch.Tensor] = _CutCrossEntropy.apply
+    return apply(logits, labels, group, compiled)

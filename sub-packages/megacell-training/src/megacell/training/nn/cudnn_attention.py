@@ -10,6 +10,7 @@ Shapes: T tokens of the pack, H heads of this rank, D size of a head, C cells of
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -55,7 +56,8 @@ class _Bounds:
         """Return those of a pack, made once for all layers."""
         if not hasattr(packed, "cudnn_bounds"):
             packed.cudnn_bounds = cls(packed.cu_seqlens_q)
-        return packed.cudnn_bounds
+        bounds: _Bounds = packed.cudnn_bounds
+        return bounds
 
     def offsets(self, elements: int) -> torch.Tensor:
         """Return where cells start, for tokens of so many elements."""
@@ -65,7 +67,7 @@ class _Bounds:
 
 
 @cache
-def _handle(device: int):
+def _handle(device: int) -> Any:
     import cudnn
 
     return cudnn.create_handle()
@@ -96,7 +98,7 @@ class _Plan:
             number = ((1, 1, 1, 1), (1, 1, 1, 1), cudnn.data_type.INT64)
             self.dropout = (sizes.dropout, self._tensor("seed", *number), self._tensor("offset", *number))
 
-    def _tensor(self, name: str, dim, stride, data_type):
+    def _tensor(self, name: str, dim: tuple[int, ...], stride: tuple[int, ...], data_type: Any) -> Any:
         return self.graph.tensor(uid=UID[name], dim=dim, stride=stride, data_type=data_type)
 
     def _layout(self, kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -108,14 +110,14 @@ class _Plan:
         ]
         return (s.cells, s.heads, s.longest, last), (s.longest * token, head, token, 1)
 
-    def given(self, name: str, kind: str):
+    def given(self, name: str, kind: str) -> Any:
         """Return a tensor that a run brings."""
         data_type = self.library.data_type.FLOAT if kind == "stats" else self.type
         tensor = self._tensor(name, *self._layout(kind), data_type)
         tensor.set_ragged_offset(self.offsets[kind])
         return tensor
 
-    def result(self, tensor, name: str, kind: str) -> None:
+    def result(self, tensor: Any, name: str, kind: str) -> None:
         """Say where a tensor is to be written."""
         dim, stride = self._layout(kind)
         tensor.set_uid(UID[name]).set_output(True).set_dim(dim).set_stride(stride)
@@ -183,7 +185,15 @@ def _up(number: int, multiple: int) -> int:
 
 class _CudnnAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, packed, dropout, training):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: Any,
+        dropout: float,
+        training: bool,
+    ) -> torch.Tensor:
         tokens, heads, size = query.shape
         bounds = _Bounds.of(packed)
         sizes = _Sizes(
@@ -204,7 +214,7 @@ class _CudnnAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, stats = ctx.saved_tensors
         tokens, heads, size = query.shape
         mixed = query.new_empty(tokens, heads, ctx.sizes.head_stride)
@@ -217,10 +227,13 @@ class _CudnnAttention(torch.autograd.Function):
         return d_q, d_k, d_v, None, None, None
 
 
-def attend_cudnn(query, key, value, packed: Any, dropout: float):
+def attend_cudnn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any, dropout: float
+) -> torch.Tensor:
     """Attend as every backend does; query, key and value as parts of one tensor [T, H, 3 D], or copied into one."""
     heads, size = query.shape[1:]
-    parts = (query, key, value)
+    parts: tuple[torch.Tensor, ...] = (query, key, value)
     if any(x.stride() != (heads * 3 * size, 3 * size, 1) for x in parts):
         parts = torch.cat(parts, dim=-1).split(size, dim=-1)
-    return _CudnnAttention.apply(*parts, packed, dropout, torch.is_grad_enabled())
+    apply: Callable[..., torch.Tensor] = _CudnnAttention.apply
+    return apply(*parts, packed, dropout, torch.is_grad_enabled())

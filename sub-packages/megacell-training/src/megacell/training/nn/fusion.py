@@ -13,15 +13,19 @@ import sysconfig
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from megacell.core.errors import UsageError
 
+Returned = TypeVar("Returned")
 
-def bias_activation(values: torch.Tensor, bias: torch.Tensor | None, activation: Callable) -> torch.Tensor:
+
+def bias_activation(
+    values: torch.Tensor, bias: torch.Tensor | None, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """Return the activation of values + bias; None for a bias that was added already."""
     return activation(_sum(values, bias))
 
@@ -33,7 +37,15 @@ def bias_dropout_sum(
     return residual + F.dropout(_sum(values, bias), rate)
 
 
-def bias_dropout_sum_norm(values, bias, residual, rate, weight, shift, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
+def bias_dropout_sum_norm(
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    rate: float,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `bias_dropout_sum` and its LayerNorm."""
     summed = bias_dropout_sum(values, bias, residual, rate)
     return summed, F.layer_norm(summed, weight.shape, weight, shift, epsilon)
@@ -48,7 +60,9 @@ def sum_of_exponentials(logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor
     return (logits.float() - top[:, None]).exp_().sum(1)
 
 
-def write_gradient(logits, label, here, normaliser, factor) -> None:
+def write_gradient(
+    logits: torch.Tensor, label: torch.Tensor, here: torch.Tensor, normaliser: torch.Tensor, factor: torch.Tensor
+) -> None:
     """Write the gradient of cross-entropy over a block of logits; all but these are of one value a row."""
     label, here, normaliser, factor = (values[:, None] for values in (label, here, normaliser, factor))
     share = (logits.float() - normaliser).exp_().scatter_add_(1, label, -here)
@@ -56,7 +70,7 @@ def write_gradient(logits, label, here, normaliser, factor) -> None:
 
 
 @cache
-def _compiled(operation: Callable) -> Callable:
+def _compiled(operation: Callable[..., Any]) -> Callable[..., Any]:
     """Compile, once a process.
 
     On a CPU torch's own generator draws the dropout, as it does without compiling: the kernel's own is slower there.
@@ -70,7 +84,7 @@ def _compiled(operation: Callable) -> Callable:
     return torch.compile(operation, dynamic=True, options=options)
 
 
-def fused(operation: Callable, compiled: bool) -> Callable[..., Any]:
+def fused(operation: Callable[..., Returned], compiled: bool) -> Callable[..., Returned]:
     """Return one of the operations above, compiled if asked for."""
     return _compiled(operation) if compiled else operation
 

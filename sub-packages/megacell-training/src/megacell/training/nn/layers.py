@@ -4,7 +4,11 @@
 Shapes: T tokens that this rank works on, h hidden size.
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig, TransformerLayer
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -27,11 +31,16 @@ class _BiasAtOnce:
     Megatron adds it afterwards, in a pass of its own over the memory, to fuse it with the dropout of training.
     """
 
-    def forward(self, states):
+    tp_group: dist.ProcessGroup
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (product, bias that is still to be added), for states [T, 1, size]."""
         if self.tp_group.size() == 1:
             return torch.nn.functional.linear(states, self.weight, self.bias), None
-        return super().forward(states)
+        product: tuple[torch.Tensor, torch.Tensor | None] = super().forward(states)  # type: ignore[misc]
+        return product
 
 
 class ColumnLinear(_BiasAtOnce, ColumnParallelLinear):
@@ -49,7 +58,9 @@ class SummingNorm(Norm):
         super().__init__(config, hidden_size, eps)
         self.sum_and_norm = fused(bias_dropout_sum_norm, config.compiled)
 
-    def forward(self, values, bias, residual, rate: float):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, values: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, rate: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return residual + dropout(values + bias) and its norm, both [T, 1, h]."""
         return self.sum_and_norm(values, bias, residual, rate, self.weight, self.bias, self.eps)
 
@@ -62,19 +73,27 @@ class FeedForward(MLP):
         super().__init__(config, parts, ffn_hidden_size=config.ffn_hidden_size)
         self.activate = fused(bias_activation, config.compiled)
 
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return what is to be summed up, [T, 1, h], and its bias [h], if it is still to be added."""
-        return self.linear_fc2(self.activate(*self.linear_fc1(hidden), self.config.activation_func))
+        activated = self.activate(*self.linear_fc1(hidden), self.config.activation_func)
+        out: tuple[torch.Tensor, torch.Tensor | None] = self.linear_fc2(activated)
+        return out
 
 
 class Layer(TransformerLayer):
     """A pre-LN layer; attention and feed-forward layer are each summed up with what went around them."""
 
-    def __init__(self, config: TransformerConfig, *args, **kwargs):
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         self.sum_up = fused(bias_dropout_sum, config.compiled)
 
-    def forward(self, hidden_states, attention_mask=None, packed_seq_params=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
         """Return ([T, 1, h], None), as Megatron's layer does."""
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attention(normed, attention_mask=attention_mask, packed_seq_params=packed_seq_params)
@@ -95,7 +114,13 @@ class PostNormLayer(Layer):
     What a norm gives is both the input and the residual of what follows.
     """
 
-    def forward(self, hidden_states, attention_mask=None, packed_seq_params=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
         """Return ([T, 1, h], None), as Megatron's layer does."""
         normed = self.input_layernorm(hidden_states)
         if self.layer_number == 1:

@@ -2,6 +2,7 @@
 """How a network is laid out over ranks, in which precision, and with which kernels."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from megacell.core.errors import UsageError
 
@@ -57,3 +58,30 @@ class Layout:
                 raise UsageError(f"{name}={value}: must be true or false")
         if self.sequence and self.tensor < 2:
             raise UsageError("sequence parallelism shares tokens among tensor parallel ranks, of which there is one")
+
+    def megatron_options(self) -> dict[str, Any]:
+        """Return the options of Megatron-core's ``TransformerConfig`` that follow from the layout."""
+        import torch
+
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        recompute: dict[str, dict[str, Any]] = {
+            "none": {},
+            "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+            "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        }
+        return {
+            "tensor_model_parallel_size": self.tensor,
+            "sequence_parallel": self.sequence,
+            "bf16": dtype is torch.bfloat16,
+            "fp16": dtype is torch.float16,
+            "params_dtype": dtype,
+            "autocast_dtype": dtype,
+            "use_cpu_initialization": True,
+            "perform_initialization": True,  # sets the tensor parallel attributes; `nn.weights` then fills by name
+            "init_method": torch.nn.init.zeros_,
+            "output_layer_init_method": torch.nn.init.zeros_,
+            "calculate_per_token_loss": True,
+            "gradient_accumulation_fusion": False,
+            "deterministic_mode": self.deterministic,
+            **recompute[self.recompute],
+        }

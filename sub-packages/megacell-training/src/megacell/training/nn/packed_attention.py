@@ -4,8 +4,13 @@
 Shapes: T tokens of the pack, H heads of this tensor parallel rank, D size of a head.
 """
 
+from typing import Any
+
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megacell.training.nn.attention_backends import BACKENDS, choose_backend
@@ -14,11 +19,28 @@ from megacell.training.nn.attention_backends import BACKENDS, choose_backend
 class PackedAttention(MegatronModule):
     """Full attention inside each cell and none between cells; stands in Megatron's ``core_attention`` slot."""
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, **kwargs):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
-    def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedSeqParams, **kwargs):
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Attend.
 
         Parameters

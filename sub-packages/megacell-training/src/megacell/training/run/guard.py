@@ -4,8 +4,10 @@
 import csv
 import math
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 
 class Guard:
@@ -44,7 +46,7 @@ class Guard:
         Parameters
         ----------
         loss, grad_norm : float
-            Mean over the masked genes of all ranks (nats); over all ranks, before clipping.
+            Mean over the items of all ranks; over all ranks, before clipping.
         overflow : bool
             The gradients overflowed in 16 bits: that is for the loss scale to mend, the step counts neither way.
         """
@@ -71,11 +73,11 @@ class Guard:
         """Whether so many steps in a row were skipped that the run is to end."""
         return self.skipped >= self.stop_after
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, so that a run that goes on judges alike."""
         return {"skipped": self.skipped, **{name: list(seen) for name, seen in self.usual.items()}}
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint kept."""
         self.skipped = state["skipped"]
         for name, seen in self.usual.items():
@@ -96,7 +98,7 @@ class SkippedFile:
             for row in kept:
                 self.write(row)
 
-    def write(self, row: dict) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
         new = not self.path.exists()
         with open(self.path, "a", newline="") as file:

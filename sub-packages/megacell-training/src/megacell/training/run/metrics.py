@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megacell.core.machine import peak_memory
-from megacell.geneformer.tokens.packing import MicroBatch
+from megacell.training.family import MicroBatch
 
-COLUMNS = (
+COLUMNS = (  # masked_tokens: the items, by the name that users' scripts know
     "step", "loss", "grad_norm", "lr", "masked_tokens", "tokens_per_second", "data_wait", "engine",
     "memory_gib", "cells", "tokens", "held_out_loss",
     "loss_spike", "grad_norm_spike", "skipped", "save_stall",
@@ -29,8 +29,8 @@ class StepSums:
 
     Attributes
     ----------
-    loss, masked : float
-        Loss summed over the masked genes (nats), and their number.
+    loss, items : float
+        Loss summed over the items (masked genes, say), and their number.
     grad_norm : float
         Before clipping.
     tokens, cells : float
@@ -40,7 +40,7 @@ class StepSums:
     """
 
     loss: float
-    masked: float
+    items: float
     grad_norm: float
     tokens: float
     cells: float
@@ -61,7 +61,7 @@ class Measure:
     def __init__(self) -> None:
         self.tokens = self.cells = 0
         self.cell_numbers: list[int] = []
-        self.window_tokens = self.window_masked = self.window_cells = 0.0
+        self.window_tokens = self.window_items = self.window_cells = 0.0
         self.window_loss = 0.0
         self.window_spikes: dict[str, float] = {}
         self.window_skipped = 0
@@ -82,7 +82,7 @@ class Measure:
         self.window_skipped += skipped
         if not skipped:
             self.window_loss += step.loss
-            self.window_masked += step.masked
+            self.window_items += step.items
         for name, ratio in zip(SPIKES, ratios.values(), strict=True):
             if not math.isnan(ratio):
                 self.window_spikes[name] = max(ratio, self.window_spikes.get(name, 0.0))
@@ -91,8 +91,8 @@ class Measure:
         """Return the figures since the last call, and start anew; ``waited``: seconds waited for data in all."""
         seconds = time.perf_counter() - self.window_start
         figures = {
-            "loss": self.window_loss / self.window_masked if self.window_masked else math.nan,
-            "masked_tokens": int(self.window_masked),
+            "loss": self.window_loss / self.window_items if self.window_items else math.nan,
+            "masked_tokens": int(self.window_items),
             "tokens": int(self.window_tokens),
             "cells": int(self.window_cells),
             "tokens_per_second": round(self.window_tokens / seconds, 1),
@@ -102,7 +102,7 @@ class Measure:
             "skipped": self.window_skipped,
             **self.window_spikes,
         }
-        self.window_loss = self.window_masked = self.window_tokens = self.window_cells = self.engine_seconds = 0.0
+        self.window_loss = self.window_items = self.window_tokens = self.window_cells = self.engine_seconds = 0.0
         self.window_spikes, self.window_skipped = {}, 0
         self.window_start, self.wait_start = time.perf_counter(), waited
         return figures

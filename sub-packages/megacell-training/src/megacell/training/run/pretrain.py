@@ -2,13 +2,15 @@
 """The entry of `megacell pretrain`: settings → processes → NeMo's and Lightning's trainer → steps → checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from megacell.core.errors import UsageError
 from megacell.training.config import settings
 from megacell.training.distributed import device, launch, slurm
+from megacell.training.family import find_family
 from megacell.training.nn.attention_backends import check_backend
 from megacell.training.nn.fusion import check_compiler
 from megacell.training.run import loggers
@@ -38,7 +40,7 @@ def main(overrides: list[str]) -> int:
 def check_paths(cfg: DictConfig) -> None:
     """Refuse, before anything starts, inputs that are not there and a run folder that holds something."""
     out = Path(cfg.out)
-    for name in ("store", "vocabulary"):
+    for name in find_family(cfg.family).inputs:
         if not Path(cfg[name]).is_dir():
             raise UsageError(f"{name}={cfg[name]}: no such folder")
     if not cfg.resume and launch.is_first() and out.exists() and any(out.iterdir()):
@@ -58,8 +60,8 @@ def train(cfg: DictConfig) -> int:
     import lightning.pytorch as pl
     from nemo.utils.exp_manager import exp_manager
 
-    from megacell.geneformer.model.geneformer_model import GeneformerModel
     from megacell.training.distributed.strategy import MegatronStrategy
+    from megacell.training.run.module import TrainingModule
     from megacell.training.run.run import Run
 
     run = Run(cfg)
@@ -92,9 +94,7 @@ def train(cfg: DictConfig) -> int:
         },
     )
     loggers.tell_options(cfg, trainer)
-    module = GeneformerModel(
-        OmegaConf.create({"network": run.network.to_dict(), "precision": cfg.precision}), trainer, run
-    )
+    module = TrainingModule(trainer, run)
     try:
         with device.deterministic(cfg.deterministic):
             trainer.fit(module)
@@ -103,7 +103,7 @@ def train(cfg: DictConfig) -> int:
     return run.finish()
 
 
-def _cluster() -> list:
+def _cluster() -> list[Any]:
     """Return Lightning's view of what started the ranks; under srun without its own requeueing."""
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 

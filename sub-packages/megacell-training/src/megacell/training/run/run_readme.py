@@ -6,14 +6,14 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from platform import node
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from megacell.core.cli.main import installed_version
 from megacell.core.files import write_whole
+from megacell.core.versions import installed_version
 from megacell.training.distributed import launch
+from megacell.training.family import About
 
 NAME = "README.md"
 _TEXT = """\
@@ -26,29 +26,23 @@ A training of Megacell {version}. All commands below may be typed in any folder.
 | | |
 |---|---|
 | go on, from the newest checkpoint | `megacell pretrain out={run} resume=true` |
-| held-out loss beside baselines | `megacell evaluate {run} {store}` |
-| one portable file | `megacell export {run} --to nemo --out {run}/model.nemo` |
-| cells' embeddings | `megacell embed {run} CELLS.h5ad --out EMBEDDED.h5ad` |
-| one page that shows it all | `megacell report {run}` |
 | curves, while it trains too | `tensorboard --logdir {run}/logs` |
-| a new run from its weights | `megacell pretrain init={run} vocabulary={run}/vocabulary store=STORE out=NEW` |
+{commands}
 
 ## What is in it
 
 | | |
 |---|---|
 | `config.yaml` | all options it was started with |
-| `vocabulary/` | a copy of the vocabulary |
 | `metrics.csv` | loss, speed and memory, a row every {log_every} steps and at each validation |
 | `checkpoints/` | the newest {keep}; each is whole or not there |
-| `baselines.npz` | the frequency baselines, fitted on training cells |
 | `logs/` | what TensorBoard reads |
 | `summary.json` | at the end: the step, whether it is finished, the baselines' losses |
+{files}
 
 ## How it was made
 
-Store {store}: {cells} cells, generation {generation}, digest {digest}. Vocabulary {vocabulary}: {genes} genes, sha256
-{hash}.
+{made_from}
 
 ```yaml
 {options}```
@@ -58,7 +52,7 @@ Store {store}: {cells} cells, generation {generation}, digest {digest}. Vocabula
 """
 
 
-def write_readme(out: Path, cfg: DictConfig, data: Any) -> None:
+def write_readme(out: Path, cfg: DictConfig, about: About) -> None:
     """Write a new run's README.md; of a run that goes on, add to it that it does.
 
     Parameters
@@ -66,20 +60,21 @@ def write_readme(out: Path, cfg: DictConfig, data: Any) -> None:
     out : Path
         The run folder.
     cfg : DictConfig
-    data : megacell.geneformer.training.data.TrainingData
+    about : About
+        The family's part.
     """
     path = out / NAME
-    text = path.read_text(encoding="utf-8") if cfg.resume and path.exists() else _about(out, cfg, data)
+    text = path.read_text(encoding="utf-8") if cfg.resume and path.exists() else _text(out, cfg, about)
     write_whole(path, (text + _started(cfg)).encode())
 
 
-def _about(out: Path, cfg: DictConfig, data: Any) -> str:
+def _text(out: Path, cfg: DictConfig, about: About) -> str:
     return _TEXT.format(
         name=out.name, version=installed_version(), run=shlex.quote(str(out.resolve())),
-        store=shlex.quote(str(Path(cfg.store).resolve())), log_every=cfg.log_every, keep=cfg.checkpoint.keep,
-        cells=f"{len(data.store):,}", generation=data.store.generation, digest=data.store.digest,
-        vocabulary=data.vocabulary.name, genes=f"{len(data.vocabulary.gene_ids):,}", hash=data.vocabulary.hash,
-        options=OmegaConf.to_yaml(cfg),
+        log_every=cfg.log_every, keep=cfg.checkpoint.keep,
+        commands="\n".join(f"| {what} | `{command}` |" for what, command in about.commands),
+        files="\n".join(f"| `{name}` | {what} |" for name, what in about.files),
+        made_from=about.made_from, options=OmegaConf.to_yaml(cfg),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from megacell.core.errors import UsageError
-from megacell.training.config.settings import ELSEWHERE, config_dir, key_of
+from megacell.training.config.settings import ELSEWHERE, family_of, key_of, searchpath
 
 OURS = (  # a run's folder is SWEEP/0, SWEEP/1, …, and Hydra puts nothing into it; loggers stay as they are
     "hydra.sweep.dir=${out}", "hydra.sweep.subdir=${hydra.job.num}", "hydra.output_subdir=null",
@@ -36,8 +36,9 @@ def main(overrides: list[str]) -> int:
         raise UsageError(f"{given['out']} exists: choose another out=")
     if given.get("launcher", "submitit") not in ("local", "submitit"):
         raise UsageError(f"launcher={given['launcher']}: with --multirun choose local or submitit")
-    with mock.patch.object(sys, "argv", ["pretrain", "--multirun", *OURS, *overrides]):
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="pretrain")(one)()
+    family = family_of(overrides)
+    with mock.patch.object(sys, "argv", ["pretrain", "--multirun", *OURS, searchpath(), *overrides]):
+        hydra.main(version_base="1.3", config_path=str(family.configs), config_name="pretrain")(one)()
     return 0
 
 
