@@ -17,7 +17,7 @@ from runs import here, metrics, one_line
 from megacell.core.report.charts import Axes, Line, bars, lines, number, points, ticks
 from megacell.store import CellStore
 
-VOID = {"meta", "path", "circle", "rect", "br"}
+VOID = {"meta", "br"}
 LOADING = {
     "script",
     "link",
@@ -116,6 +116,17 @@ def test_a_long_line_still_shows_its_peaks():
     assert min(heights) < max(heights) - 150
 
 
+def test_the_pointer_finds_values_of_a_line_and_labels_of_bars_are_whole():
+    svg = lines("x", [Line("loss", [(float(i), i / 7) for i in range(5000)])], Axes("step", "nats"))
+    told = re.findall(r"<title>loss: ([\d.]+) at step (\d+)</title>", svg)
+    assert 100 <= len(told) <= 200
+    name = "alveolar type 2 epithelial cell"
+    svg = bars("kinds", {name: 3.0}, lambda n: f"{n:.0f} cells")
+    assert f"<title>{name}: 3 cells</title>" in svg
+    (at,) = re.findall(rf'<text x="(\d+)" y="\d+" text-anchor="end">{name}</text>', svg)
+    assert int(at) >= 6.2 * len(name)
+
+
 def test_values_that_are_no_numbers_are_left_out_of_a_line():
     svg = lines("x", [Line("a", [(1.0, float("nan")), (2.0, 3.0), (3.0, float("inf")), (4.0, 1.0)])], Axes("step", "y"))
     assert "nan" not in svg
@@ -126,7 +137,7 @@ def test_values_that_are_no_numbers_are_left_out_of_a_line():
 def test_texts_from_files_are_no_html():
     svg = bars("<b>", {"</svg><script>alert(1)</script>": 3.0}, lambda n: f"{n:.0f}")
     svg += points('"', np.array([[0.0, 1.0], [1.0, 0.0]]), ["<i>", "&"])
-    assert set(Reader(svg).tags) <= {"svg", "text", "rect", "g", "circle", "ul", "li", "path"}
+    assert set(Reader(svg).tags) <= {"svg", "text", "rect", "g", "circle", "ul", "li", "path", "title"}
 
 
 # the page of a store
@@ -202,7 +213,9 @@ def write_report(run: Path, *words: object) -> tuple[Reader, str]:
 
 def test_a_run_s_page_shows_its_curves_and_the_baselines(run):
     page, told = write_report(run)
-    assert "a <run>" in page.texts
+    assert any(text.startswith("a <run>: a Geneformer of ") for text in page.texts)
+    assert "4.750 nats" in page.texts
+    assert "gene frequency 8.691, frequency at that rank 8.602" in page.texts
     assert "4.750" in page.texts, "the last held-out loss"
     assert {"8.691", "8.602"} <= set(page.texts)
     assert "gene frequency: 8.691" in page.texts, "beside the curve"
@@ -210,7 +223,7 @@ def test_a_run_s_page_shows_its_curves_and_the_baselines(run):
     captions = ["Loss at masked genes", "Learning rate", "Gradient norm, before clipping", "Speed, all ranks"]
     assert set(captions) <= set(page.texts)
     assert "4,000 real tokens seen; median speed 5,030 tokens/s" in page.text
-    assert "step 40 of 40, finished" in page.text
+    assert "40 of 40 finished" in page.text
     assert (run / "config.yaml").read_text().strip() in "".join(page.texts)
     assert "--evaluate does it" in told
 
@@ -275,7 +288,7 @@ def test_a_run_that_has_only_begun_has_a_page(run, tmp_path):
     shutil.copy(run / "config.yaml", begun)
     page, _ = write_report(begun)
     assert "No validation yet." in page.texts
-    assert "step 0 of 40, not finished" in page.text
+    assert "0 of 40 not finished" in page.text
 
 
 @pytest.mark.exhaustive

@@ -17,7 +17,9 @@ COLOURS = (
     "#637939", "#ad494a", "#17becf", "#5254a3", "#e7969c", "#a55194", "#6baed6", "#fd8d3c", "#74c476", "#969696",
 )  # fmt: skip
 WIDTH, HEIGHT = 460, 260
+LETTER = 6.4  # width of a letter of the labels, of the wide ones
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 40
+_MOST_HOVERED = 150  # points of a line that tell their value
 _MOST_POINTS = 1500  # of a line; beyond it each stretch shows its lowest and its highest
 Points = Sequence[tuple[float, float]]
 
@@ -93,6 +95,11 @@ class _Frame:
         return HEIGHT - _BOTTOM - (value - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - _TOP - _BOTTOM)
 
 
+def _hover(text: str) -> str:
+    """Return what a browser shows of a mark while the pointer is on it."""
+    return f"<title>{escape(text)}</title>"
+
+
 def svg(title: str, parts: Sequence[str], width: int = WIDTH, height: int = HEIGHT) -> str:
     """Return an SVG of parts, its title for screen readers."""
     inside = "\n".join(parts)
@@ -115,7 +122,7 @@ def lines(title: str, drawn: Sequence[Line], axes: Axes) -> str:
         at = frame.down(value)
         dashes = ("6 3", "2 3", "9 3 2 3")[count % 3]
         parts.append(f'<path class="reference" stroke-dasharray="{dashes}" d="M{_LEFT} {at:.1f}H{WIDTH - _RIGHT}"/>')
-        keys.append((f'stroke="#555" stroke-dasharray="{dashes}"', f"{name}: {value:.3f}"))
+        keys.append((f'class="reference" stroke-dasharray="{dashes}"', f"{name}: {value:.3f}"))
     for count, line in enumerate(drawn):
         if not line.points:
             continue
@@ -123,10 +130,21 @@ def lines(title: str, drawn: Sequence[Line], axes: Axes) -> str:
         places = [(frame.across(a), frame.down(b)) for a, b in _thinned(line.points)]
         path = "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
         parts.append(f'<path class="line" stroke="{colour}" d="M{path}"/>')
-        if line.dots or len(places) == 1:
-            parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in places]
+        parts += _marks(line, places, _thinned(line.points), axes, colour)
         keys.append((f'stroke="{colour}"', line.name))
     return svg(title, parts) + (_keys(keys, _stroke) if len(keys) > 1 else "")
+
+
+def _marks(line: Line, places: Points, values: Points, axes: Axes, colour: str) -> list[str]:
+    """Return a circle for each point that is marked, and unseen ones, not too many, that tell a value on hover."""
+    marked = line.dots or len(places) == 1
+    look = f'r="2.5" fill="{colour}"' if marked else 'r="4" fill="transparent"'
+    parts = []
+    for i in range(0, len(places), 1 if marked else -(-len(places) // _MOST_HOVERED)):
+        (across, down), (x, y) = places[i], values[i]
+        text = _hover(f"{line.name}: {number(y)} at {axes.x} {number(x)}")
+        parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" {look}>{text}</circle>')
+    return parts
 
 
 def _finite(points: Points) -> Points:
@@ -153,7 +171,8 @@ def histogram(title: str, counts: Sequence[int], edges: Sequence[float], axes: A
         if count:
             left, right, top = frame.across(low), frame.across(high), frame.down(count)
             size = f'width="{max(right - left - 0.5, 0.5):.2f}" height="{frame.down(0) - top:.2f}"'
-            parts.append(f'<rect x="{left:.2f}" y="{top:.2f}" {size} fill="{COLOURS[0]}"/>')
+            text = _hover(f"{number(low)} to {number(high)}: {count:,}")
+            parts.append(f'<rect x="{left:.2f}" y="{top:.2f}" {size} fill="{COLOURS[0]}">{text}</rect>')
     if mark is not None:
         at = frame.across(mark)
         parts.append(f'<path class="reference" stroke-dasharray="6 3" d="M{at:.1f} {_TOP}V{HEIGHT - _BOTTOM}"/>')
@@ -162,17 +181,20 @@ def histogram(title: str, counts: Sequence[int], edges: Sequence[float], axes: A
 
 def bars(title: str, values: dict[str, float], shown: Callable[[float], str], most: float | None = None) -> str:
     """Return a horizontal bar for each name, its value as `shown` beside it; `most` is the whole width."""
-    whole, row, left, right = most or max(values.values(), default=0) or 1.0, 18, 150, 90
+    whole, row, right = most or max(values.values(), default=0) or 1.0, 18, 90
+    left = 14 + LETTER * max((len(_short(name)) for name in values), default=0)
     parts = []
     for count, (name, value) in enumerate(values.items()):
         top, width = count * row + 2, max(value / whole * (WIDTH - left - right), 0.5)
-        parts.append(f'<text x="{left - 6}" y="{top + 11}" text-anchor="end">{escape(_short(name))}</text>')
-        parts.append(f'<rect x="{left}" y="{top}" width="{width:.1f}" height="{row - 5}" fill="{COLOURS[0]}"/>')
+        parts.append(f'<text x="{left - 6:.0f}" y="{top + 11}" text-anchor="end">{escape(_short(name))}</text>')
+        size = f'width="{width:.1f}" height="{row - 5}"'
+        text = _hover(f"{name}: {shown(value)}")
+        parts.append(f'<rect x="{left:.0f}" y="{top}" {size} fill="{COLOURS[0]}">{text}</rect>')
         parts.append(f'<text x="{left + width + 5:.1f}" y="{top + 11}">{escape(shown(value))}</text>')
     return svg(title, parts, height=max(len(values), 1) * row + 4)
 
 
-def _short(text: str, most: int = 24) -> str:
+def _short(text: str, most: int = 32) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -195,7 +217,7 @@ def points(title: str, places: np.ndarray[Any, Any], labels: Sequence[str]) -> s
         colour = COLOURS[count % len(COLOURS)]
         chosen = at[np.asarray(labels, str) == name]
         dots = "".join(f'<circle cx="{a:.1f}" cy="{340 - b:.1f}" r="2"/>' for a, b in chosen)
-        parts.append(f'<g fill="{colour}" fill-opacity="0.75">{dots}</g>')
+        parts.append(f'<g fill="{colour}" fill-opacity="0.75">{_hover(name)}{dots}</g>')
         keys.append((f'fill="{colour}"', f"{name} ({len(chosen):,})"))
     return svg(title, parts, height=340) + _keys(keys, _dot)
 

@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-
 from megacell.core.errors import DataError, UsageError
 from megacell.core.files import write_whole
 from megacell.core.report.charts import Axes, Line, histogram, lines
 from megacell.core.report.page import Page
 from megacell.core.versions import installed_version
+from megacell.geneformer.model.provenance import check_facts
 from megacell.geneformer.report.coverage import coverage_section
 from megacell.geneformer.report.umap import umap_section
 from megacell.geneformer.tokens.lengths import token_lengths
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.sampling.split import Split, SplitSettings, split_cells
-from megacell.training.config.settings import SAVED
+from megacell.training.config.settings import SAVED, read_saved
+from megacell.training.foreign.plain import check_shape, read_json
 
 EVALUATION = "evaluation.json"
+_OPTIONS = {"store": str, "steps": int, "model": {"max_length": int}}  # what is taken of a run's files, and its types
+_SUMMARY = {"step?": int, "finished?": bool, "*": int | float}
+_EVALUATION = {"step": int, "split": str, "rows": [{"group": str, "cells": int, "masked_genes": int}]}
 _BASELINES = {"frequency": "gene frequency", "rank_frequency": "frequency at that rank"}
 _PREDICTORS = {"model": "this model", **_BASELINES, "count_arithmetic": "count arithmetic (no network)"}
 _CURVES = {  # column of metrics.csv: caption, axis, what the axis reaches at least
@@ -63,14 +66,18 @@ class RunFolder:
 
         if not (path / SAVED).is_file():
             raise UsageError(f"{path}: no run folder ({SAVED} is missing)")
-        options = OmegaConf.to_container(OmegaConf.load(path / SAVED))
-        assert isinstance(options, dict)
+        options = read_saved(path)
+        try:
+            check_shape(options, _OPTIONS)
+        except ValueError as error:
+            raise DataError(f"{path / SAVED}: not the options of a run ({error})") from None
         newest, told = checkpoint.newest(path / "checkpoints") if (path / "checkpoints").is_dir() else (None, [])
         facts = checkpoint.read_facts(newest) if newest else {}
-        found = {str(key): value for key, value in options.items()}
+        if newest:
+            check_facts(facts, str(newest))
         return cls(
-            path, found, _metrics(path / "metrics.csv"), _json(path / "summary.json"), facts, _json(path / EVALUATION),
-            Vocabulary.open(path / "vocabulary"), told,
+            path, options, _metrics(path / "metrics.csv"), _json(path / "summary.json", _SUMMARY), facts,
+            _json(path / EVALUATION, _EVALUATION), Vocabulary.open(path / "vocabulary"), told,
         )  # fmt: skip
 
     def curve(self, column: str) -> list[tuple[float, float]]:
@@ -89,15 +96,16 @@ def _metrics(path: Path) -> list[dict[str, float]]:
     with open(path, newline="", encoding="utf-8") as file:
         try:
             return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, csv.Error) as error:
             raise DataError(f"{path}: a row that is no numbers ({error}); mend or remove the row") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(path)
+        check_shape(found, shape)
         return found
     except ValueError as error:
         raise DataError(f"{path}: broken ({error}); remove it") from error
@@ -134,7 +142,8 @@ def report(
     if evaluate_first:
         _evaluate(folder, cells, reason)
     embedded = embedded or (run / "embedded.h5ad" if (run / "embedded.h5ad").is_file() else None)
-    page = Page(run.resolve().name, _about(folder))
+    page = Page(_title(folder), _about(folder))
+    page.facts(_facts(folder))
     _results(page, folder)
     _curves(page, folder)
     if cells is None:
@@ -176,15 +185,50 @@ def _evaluate(folder: RunFolder, store: CellStore | None, reason: str) -> None:
     device.quiet()
     text = evaluate(folder.path, store.path).to_json()
     write_whole(folder.path / EVALUATION, json.dumps({"step": folder.facts["step"], **json.loads(text)}).encode())
-    folder.evaluation = _json(folder.path / EVALUATION)
+    folder.evaluation = _json(folder.path / EVALUATION, _EVALUATION)
+
+
+def _title(folder: RunFolder) -> str:
+    """Return which run it is, of which model, on which data."""
+    model = folder.options["model"]
+    name = f"{model['layers']} layers of {model['hidden']}"
+    return f"{folder.path.resolve().name}: a Geneformer of {name}, on {Path(folder.options['store']).name}"
+
+
+def _facts(folder: RunFolder) -> list[tuple[str, str, str]]:
+    """Return held-out loss beside the baselines, speed, cells, steps and time, as far as they are known."""
+    facts = []
+    if held_out := folder.curve("held_out_loss"):
+        known = {name: folder.summary[key] for key, name in _BASELINES.items() if key in folder.summary}
+        if folder.evaluation and (arithmetic := folder.evaluation["rows"][0]["count_arithmetic"]):
+            known["count arithmetic"] = arithmetic[0]
+        beside = ", ".join(f"{name} {value:.3f}" for name, value in known.items())
+        facts.append(("held-out loss", f"{held_out[-1][1]:.3f} nats", beside or "no baseline yet"))
+    timed = [row for row in folder.rows if row.get("tokens_per_second")]
+    if timed:
+        seconds = sum(row.get("tokens", 0) / row["tokens_per_second"] for row in timed)
+        rate = np.median([row["tokens_per_second"] for row in timed[1:] or timed])
+        facts.append(
+            ("speed", f"{rate:,.0f} tokens/s", f"{sum(row.get('tokens', 0) for row in timed):,.0f} tokens in all")
+        )
+        facts.append(("time of training", _duration(seconds), "without validation and saving"))
+        facts.append(("cells seen", f"{sum(row.get('cells', 0) for row in timed):,.0f}", ""))
+    state = "finished" if folder.summary.get("finished") else "not finished"
+    facts.append(("steps", f"{folder.step:,} of {folder.options['steps']:,}", state))
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the unit that it is best told in."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _about(folder: RunFolder) -> str:
-    steps = folder.options["steps"]
-    state = "finished" if folder.summary.get("finished") else "not finished"
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    made = f"Page made {when} by Megacell {installed_version()}."
-    return f"A training of Megacell: step {folder.step:,} of {steps:,}, {state}. {made}"
+    return f"A training of Megacell. Page made {when} by Megacell {installed_version()}."
 
 
 def _results(page: Page, folder: RunFolder) -> None:
