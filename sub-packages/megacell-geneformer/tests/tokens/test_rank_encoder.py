@@ -276,3 +276,24 @@ def test_more_pairs_without_a_number_than_are_worth_it_go_by_values(vocabulary_f
     tokens, cu = encoder.encode(counts.indptr.astype(np.int64), counts.indices.astype(np.uint32), counts.data)
     found = [tokens[a:b].tolist() for a, b in pairwise(cu)]
     assert found == [oracle(row, encoder.tokens.tolist(), vocabulary) for row in rows_of(counts)]
+
+
+def test_a_call_never_uses_the_encoder_of_other_genes_lengths_or_vocabulary(vocabulary_for):
+    first, second = vocabulary_for(5), vocabulary_for(5, medians=[3, 1, 2, 9, 0.1])
+    ids = np.array([f"ENSG{g:011d}" for g in range(5)], object)
+    counts = sp.csr_matrix(np.arange(10, dtype=np.float32).reshape(2, 5))
+    calls = [
+        (ids, first, None),
+        (ids[::-1].copy(), first, None),
+        (ids, second, None),
+        (ids, first, 4),
+        (ids, first, None),
+    ]
+    for gene_ids, vocabulary, length in calls + calls[::-1]:
+        encoder = RankEncoder(gene_ids, None, vocabulary, length)
+        expected = encoder.encode(counts.indptr.astype(np.int64), counts.indices.astype(np.uint32), counts.data)
+        for one, other in zip(rank_encode(counts, gene_ids, vocabulary, length), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    ids[0] = "ENSG99999999999"  # the caller's own array changes in place
+    tokens, _ = rank_encode(counts, ids, first)
+    assert first.tokens_of(["ENSG00000000000"], None)[0] not in tokens

@@ -253,5 +253,23 @@ def rank_encode(
     counts = csr.data if csr.data.dtype in (np.float32, np.float64) else csr.data.astype(np.float64)
     if len(counts) and not (counts.min() >= 0 and np.isfinite(counts).all()):
         raise DataError("rank_encode: the matrix holds negative values, NaN or infinities; give the raw counts")
-    encoder = RankEncoder(gene_ids, symbols, vocabulary, max_length)
+    encoder = _encoder(gene_ids, symbols, vocabulary, max_length)
     return encoder.encode(csr.indptr.astype(np.int64), csr.indices.astype(np.uint32), counts)
+
+
+_last: "tuple[Vocabulary, int | None, list[str], list[str] | None, RankEncoder] | None" = None
+
+
+def _encoder(
+    gene_ids: Sequence[str] | np.ndarray,
+    symbols: Sequence[str] | np.ndarray | None,
+    vocabulary: Vocabulary,
+    max_length: int | None,
+) -> RankEncoder:
+    """Return an encoder; that of the call before where it fits, since making one takes as long as many cells."""
+    global _last
+    ids, names = list(gene_ids), None if symbols is None else list(symbols)
+    last = _last
+    if last is None or last[0] is not vocabulary or last[1:4] != (max_length, ids, names):
+        last = _last = vocabulary, max_length, ids, names, RankEncoder(gene_ids, symbols, vocabulary, max_length)
+    return last[4]
