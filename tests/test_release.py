@@ -50,12 +50,14 @@ def test_the_version_stands_in_one_place():
     [
         ("vendor.citation-file-format", ["CITATION.cff"]),
         ("vendor.github-issue-config", [".github/ISSUE_TEMPLATE/config.yml"]),
-        ("vendor.github-issue-forms", [f".github/ISSUE_TEMPLATE/{name}.yml" for name in ("bug", "data", "wish")]),
+        ("vendor.github-issue-forms", [f".github/ISSUE_TEMPLATE/{name}.yml" for name in ("bug", "data", "feature_request")]),
+        ("vendor.github-workflows", [".github/workflows/tests.yml"]),
+        ("vendor.dependabot", [".github/dependabot.yml"]),
     ],
-    ids=["the citation", "the issues' settings", "the issues' forms"],
+    ids=["the citation", "the issues' settings", "the issues' forms", "the workflow", "dependabot"],
 )
 def test_a_form_is_valid(schema, files):
-    found = {str(path.relative_to(ROOT)) for path in ROOT.glob(".github/ISSUE_TEMPLATE/*")} | {"CITATION.cff"}
+    found = {str(path.relative_to(ROOT)) for path in ROOT.glob(".github/**/*.yml")} | {"CITATION.cff"}
     assert set(files) <= found
     fine(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *(ROOT / file for file in files))
 
