@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megacell.training.distributed.light_imports import import_libraries
+
 _DETERMINISTIC = {  # what libraries want to be told, in the words of their own documentation
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS: no workspace that streams share
     "NCCL_ALGO": "Ring",  # NCCL: the switches of NVLink sum in no fixed order
@@ -54,9 +56,9 @@ def quiet() -> None:
     """Have NeMo, Lightning and Megatron say only what is wrong; a run says itself what it does."""
     for message in (*_NOISE, r"`LightningModule.configure_optimizers` returned `None`"):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)  # telemetry that NeMo brings along, and does not use
-    import lightning.pytorch  # noqa: F401, both set their levels when they are imported
-    import nemo.core  # noqa: F401
+    for name in ("nv_one_logger", "OneLogger"):  # telemetry that NeMo brings along, and does not use
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    import_libraries()  # they set their levels when they are imported
     from nemo.utils import logging as nemo_logging
 
     for name in ("lightning.pytorch", "lightning.fabric", "megatron"):
