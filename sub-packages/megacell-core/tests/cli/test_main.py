@@ -72,3 +72,9 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "megacell", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"megacell {cli.installed_version()}\n"
+
+
+def test_an_error_is_shown_in_one_line_without_commands_to_the_terminal(run):
+    code, line = run(DataError("a\x1b]0;title\x07\nb\u202e\x9b31m\udcff ü 細胞.h5ad: bad"))
+    assert code == 1
+    assert line == r"megacell work: error: a\x1b]0;title\x07\nb\u202e\x9b31m\udcff ü 細胞.h5ad: bad" + "\n"

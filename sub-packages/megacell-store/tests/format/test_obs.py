@@ -112,7 +112,7 @@ def test_a_slice_reads_no_shard_beside_and_no_names(store_of, monkeypatch):
     real = CellStore._obs_table
     monkeypatch.setattr(CellStore, "_obs_table", lambda *args: asked.append(args[1:]) or real(*args))
     assert store.obs_slice(["a"], 60, 120)["a"].tolist() == [2] * 60
-    assert [names for _, names in asked] == [["a"]] * len({shard for shard, _ in asked})
+    assert [names for _, names in asked] == [["a"]] * len({shard.name for shard, _ in asked})
     assert len(asked) < len(store.manifest.shards)
     with pytest.raises(DataError, match="no cells 0 to 181; there are 180"):
         store.obs_slice(None, 0, 181)

@@ -26,3 +26,12 @@ class UsageError(MegacellError):
     """The command or call was wrong: the message names the argument and what it should have been."""
 
     exit_code = 2
+
+
+def printable(text: object) -> str:
+    """Return a text from a file, or a file's name, as it may be shown on a terminal: in one line, and without commands.
+
+    A terminal takes what follows an escape character, and some others, as a command: to change its title, to answer as
+    if a key had been pressed. What is not printable becomes an escape sequence as Python writes it.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

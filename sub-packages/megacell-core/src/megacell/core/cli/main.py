@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
+from megacell.core.cli.bus_error import explain_bus_errors
 from megacell.core.cli.completion import register_completion
 from megacell.core.cli.doctor import register_doctor
-from megacell.core.errors import MegacellError
+from megacell.core.errors import MegacellError, printable
 from megacell.core.versions import COMMANDS, installed_version
 
 INTERNAL_ERROR = 70  # exit code, sysexits' EX_SOFTWARE
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, 1 for bad data, 2 for wrong usage, 70 for a defect, 130 for Ctrl-C.
     """
     args = _parse(sys.argv[1:] if argv is None else argv)
+    explain_bus_errors(args.command)
     try:
         return int(args.run(args) or 0)
     except KeyboardInterrupt:
@@ -71,5 +73,5 @@ def _report(args: argparse.Namespace, text: str, exit_code: int) -> int:
     """Print the error that is being handled as one line, with ``--debug`` below its traceback."""
     if args.debug:
         traceback.print_exc()
-    print(f"megacell {args.command}: {text}", file=sys.stderr)
+    print(f"megacell {args.command}: {printable(text)}", file=sys.stderr)
     return exit_code

@@ -5,6 +5,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from megacell.core.errors import printable
+
 
 def bench_actions(commands: Any) -> Any:
     """Return the sub-parsers of `megacell bench`, made by whichever package asks first."""
@@ -15,7 +17,8 @@ def bench_actions(commands: Any) -> Any:
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return columns as wide as their widest entry; the last one runs on."""
+    """Return columns as wide as their widest entry, each as `printable` shows it; the last one runs on."""
+    lines = [[printable(text) for text in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     rows = (zip(line, widths, strict=True) for line in [head, *lines])
     return "\n".join("  ".join(text.ljust(width) for text, width in row).rstrip() for row in rows)

@@ -30,6 +30,7 @@ def register_compact(commands: Any) -> None:
 
 def run_compact(args: argparse.Namespace) -> int:
     """Compact, and print what was done."""
+    from megacell.store.commands.convert import log
     from megacell.store.maintain.compaction import compact
     from megacell.store.processes.executors import parse_bytes
 
@@ -40,7 +41,7 @@ def run_compact(args: argparse.Namespace) -> int:
         workers=args.workers,
         memory=parse_bytes(args.memory),
         progress=True,
-        log=print,
+        log=log,
     )
     if not report.merged:
         shards = f"{report.shards} shard{'s' * (report.shards != 1)}"

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from megacell.core.cli.parsers import table
-from megacell.core.errors import UsageError
+from megacell.core.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from megacell.store.conversion.conversion import ConversionReport
@@ -114,12 +114,17 @@ def run_convert(args: argparse.Namespace) -> int:
         part=_part(args.part),
         finish=args.finish,
         progress=True,
-        log=print,
+        log=log,
     )
     if args.dry_run:
         print(table(_HEAD, [_line(inspection) for inspection in report.inspections]))
         return int(not report.cells or any(inspection.refused for inspection in report.inspections))
     return print_report(report)
+
+
+def log(line: str) -> None:
+    """Print a line, which may name files."""
+    print(printable(line))
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -135,13 +140,13 @@ def print_report(report: "ConversionReport") -> int:
     """Print what was done; exit code 1 if files were left out."""
     for source in report.sources:
         size = f"{source.cells:,} cells, {source.genes:,} genes"
-        print(f"{source.name}: {size}, {source.kind} counts from {source.matrix}")
+        print(printable(f"{source.name}: {size}, {source.kind} counts from {source.matrix}"))
         for note in source.notes:
-            print(f"  {note}")
+            print(f"  {printable(note)}")
     for pair in report.duplicates:
-        print(pair)
+        print(printable(pair))
     for reason in report.left_out:
-        print(f"megacell convert: left out: {reason}", file=sys.stderr)
+        print(f"megacell convert: left out: {printable(reason)}", file=sys.stderr)
     return int(bool(report.left_out))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megacell.core.cli.parsers import table
+from megacell.core.errors import printable
 
 if TYPE_CHECKING:
     from megacell.store.format.manifest import Manifest
@@ -81,13 +82,13 @@ def _to_json(path: str, manifest: "Manifest", copies: list[str] | None) -> dict[
 
 def _show(path: str, manifest: "Manifest", copies: list[str] | None) -> None:
     for name, value in _totals(path, manifest).items():
-        print(f"{name:<11}{value:,}" if isinstance(value, int) else f"{name:<11}{value}")
-    print(f"{'obs':<11}{', '.join(f'{column.name} ({column.kind})' for column in manifest.obs)}")
-    graphs = [f"{name} ({edges:,} edges of {cells:,} cells)" for name, cells, edges in _graphs(manifest)]
+        print(f"{name:<11}{value:,}" if isinstance(value, int) else f"{name:<11}{printable(value)}")
+    print(f"{'obs':<11}{', '.join(f'{printable(column.name)} ({column.kind})' for column in manifest.obs)}")
+    graphs = [f"{printable(name)} ({edges:,} edges of {cells:,} cells)" for name, cells, edges in _graphs(manifest)]
     print(f"{'neighbours':<11}{', '.join(graphs) or 'none'}\n")
     lines = [
         (s.name, f"{s.cells:,}", f"{s.genes:,}", s.matrix, s.kind, s.ids, "; ".join(s.notes)) for s in manifest.sources
     ]
     print(table(("source", "cells", "genes", "matrix", "counts", "ids", "notes"), lines))
     if copies is not None:
-        print("\n" + "\n".join(copies or ["no cell is stored twice"]))
+        print("\n" + "\n".join(map(printable, copies or ["no cell is stored twice"])))

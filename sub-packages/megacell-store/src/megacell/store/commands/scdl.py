@@ -27,7 +27,7 @@ def register_scdl(commands: Any) -> None:
 
 def run_import(args: argparse.Namespace) -> int:
     """Convert the archive."""
-    from megacell.store.commands.convert import print_report
+    from megacell.store.commands.convert import log, print_report
     from megacell.store.conversion.conversion import convert
 
     report = convert(
@@ -40,17 +40,18 @@ def run_import(args: argparse.Namespace) -> int:
         neighbours=args.neighbours or (),
         workers=None,
         progress=True,
-        log=print,
+        log=log,
     )
     return print_report(report)
 
 
 def run_export(args: argparse.Namespace) -> int:
     """Write the archive."""
+    from megacell.store.commands.convert import log
     from megacell.store.maintain.export_scdl import export_scdl
     from megacell.store.read.cell_store import CellStore
 
     store = CellStore.open(args.store)
     export_scdl(store, args.out, args.neighbours)
-    print(f"wrote {args.out}: {store.shape[0]:,} cells, {store.shape[1]:,} genes")
+    log(f"wrote {args.out}: {store.shape[0]:,} cells, {store.shape[1]:,} genes")
     return 0

@@ -5,7 +5,7 @@ import argparse
 import sys
 from typing import Any
 
-from megacell.core.errors import DataError
+from megacell.core.errors import DataError, printable
 
 
 def register_verify(commands: Any) -> None:
@@ -23,8 +23,8 @@ def run_verify(args: argparse.Namespace) -> int:
     with Progress(show=True) as bar:
         result = verify(args.store, lambda total: bar.start("reading bytes", total), bar.advance)
     if not result.damages:
-        print(f"{args.store}: {result.files:,} files, {result.bytes:,} bytes, all as they were written")
+        print(f"{printable(args.store)}: {result.files:,} files, {result.bytes:,} bytes, all as they were written")
         return 0
     for damage in result.damages[:-1]:
-        print(f"megacell verify: {damage}", file=sys.stderr)
+        print(f"megacell verify: {printable(damage)}", file=sys.stderr)
     raise DataError(result.damages[-1] + f" ({len(result.damages)} damaged)" * (len(result.damages) > 1))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbour graphs while shards are written: a piece of each shard, joined when all of them exist."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -9,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from megacell.core.errors import DataError, UsageError
+from megacell.core.files import remove_tree
 from megacell.store.format.graph import INDICES, INDPTR, WEIGHTS, Array
 from megacell.store.format.manifest import FileRecord
 from megacell.store.format.shard import ArrayWriter, map_array
@@ -54,8 +54,7 @@ class PieceWriter:
 
     def __init__(self, folder: Path, graphs: Mapping[str, str]) -> None:
         self._folder, self._graphs, self._arrays = folder, graphs, dict[str, ArrayWriter]()
-        if folder.exists():
-            shutil.rmtree(folder)
+        self._remove()
         if not graphs:
             return
         folder.mkdir()
@@ -121,7 +120,11 @@ class PieceWriter:
         for array in self._arrays.values():
             with suppress(OSError):  # closing writes what is buffered, and the disk may be full
                 array.abandon()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):
+            self._remove()
+
+    def _remove(self) -> None:
+        remove_tree(self._folder.parent.parent, f"{self._folder.parent.name}/{self._folder.name}")
 
 
 class Piece:

@@ -24,6 +24,7 @@ from megacell.store.format.obs import OBS_ROWS, Schema, describe, tidy
 from megacell.store.sources.choice import Settled
 from megacell.store.sources.count_kinds import LENGTH_NORMALISED
 from megacell.store.sources.features import FEWEST
+from megacell.store.sources.matrix import is_of_machine
 from megacell.store.sources.source import CellSource
 from megacell.store.sources.species import settle_species, species_of
 
@@ -114,6 +115,8 @@ def inspect(sample: Sample, aside: Path | None = None) -> Inspection:
     except MegacellError as error:
         found.refused = error
     except OSError as error:
+        if is_of_machine(error):  # a full disk under what is put aside, say
+            raise
         found.refused = DataError(f"{sample.path}: cannot be read ({error}); check the file and its rights")
     return found
 

@@ -9,6 +9,7 @@ finished or failed a file that says so. A conversion that was killed finds it an
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -18,10 +19,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from megacell.core.files import TEMPORARY, write_whole
+from megacell.core.errors import DataError
+from megacell.core.files import TEMPORARY, list_folder, remove_tree, write_whole
 from megacell.store.conversion.inspection import Inspection, read_features
 from megacell.store.format.gene_table import GeneTable
 from megacell.store.format.graph import widest_weights
+from megacell.store.format.links import plain_size
 from megacell.store.format.manifest import Manifest, ObsColumn, Source, new_shards
 from megacell.store.format.panels import PanelWriter
 from megacell.store.format.shard import FOLDER
@@ -108,14 +111,17 @@ def load_plan(store: Path) -> Plan | None:
     """Read the plan that an unfinished conversion left, None if there is none."""
     path = store / PLAN / "plan.json"
     try:
+        plain_size(path, 1)
         return _load(store.absolute(), path.stat().st_mtime_ns)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, DataError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 @lru_cache(maxsize=2)
 def _load(store: Path, _modified: int) -> Plan:
     content = json.loads((store / PLAN / "plan.json").read_bytes())
+    if not all(name.isdecimal() for name in content["names"]):  # they become folders' names
+        raise ValueError("no names of shards")
     own = {
         "store": store,
         "inspections": [Inspection.from_json(each) for each in content["inspections"]],
@@ -137,7 +143,7 @@ def make_plan(
 ) -> Plan:
     """Unite what the sources hold with what the store holds, cut the work into shards and write it all down."""
     folder = store / PLAN
-    genes = GeneTable.read(store / before.genes_file) if before else GeneTable()
+    genes = GeneTable.read(store / before.genes_file, before.genes) if before else GeneTable()
     first = len(before.sources) if before else 0
     names = name_sources([found.path for found in good], [s.name for s in before.sources] if before else [])
     shard_bytes = min(shard_bytes, max(_LEAST, sum(map(_bytes_of, good)) // _SHARES))
@@ -275,3 +281,11 @@ def _pack(parts: list[list[Part]], inspections: list[Inspection], first: int, sh
 def shard_folder(store: Path, name: str) -> Path:
     """Return where a shard is, or will be."""
     return store / FOLDER / name
+
+
+def remove_unfinished(store: Path, name: str) -> None:
+    """Remove what processes that were killed left of a shard, and one of the name that no manifest names."""
+    for left in list_folder(store, FOLDER):
+        if left == name or (left.startswith(f"{name}-") and left.endswith(TEMPORARY)):
+            with suppress(OSError):
+                remove_tree(store, f"{FOLDER}/{left}")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder that a conversion writes to: new, left unfinished by a killed one, or a store to append to."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megacell.core.errors import DataError, KilledError, UsageError
-from megacell.core.files import TEMPORARY, flush_directory
+from megacell.core.files import TEMPORARY, flush_directory, list_folder, remove_tree
 from megacell.store.conversion.plan import load_plan
 from megacell.store.format.graph import FOLDER as GRAPHS
+from megacell.store.format.links import refuse_links
 from megacell.store.format.lock import NAME as LOCK
 from megacell.store.format.lock import writing
 from megacell.store.format.manifest import NAME, Manifest, generation_name
@@ -25,7 +25,10 @@ def check_target(store: Path, *, append: bool) -> Manifest | None:
     ------
     UsageError
         Something else is there, or nothing to append to.
+    DataError
+        A store in which there are links.
     """
+    refuse_links(store)
     there = (store / NAME).exists()
     if append:
         if not there:
@@ -89,26 +92,25 @@ def sweep(store: Path) -> None:
     if manifest:
         named |= {generation_name(manifest.generation), *manifest.files}
     _sweep_folders(store, manifest)
-    for entry in store.iterdir():
-        if entry.name.endswith(TEMPORARY) and entry.is_dir():  # a plan, a transposed matrix
-            shutil.rmtree(entry)
-        elif entry.name not in named and (entry.name.startswith((*_TABLES, LOCK)) or entry.name.endswith(TEMPORARY)):
-            entry.unlink(missing_ok=True)
+    for name in list_folder(store):
+        folder = (store / name).is_dir() and not (store / name).is_symlink()
+        ours = name not in named and name.startswith((*_TABLES, LOCK)) and not folder
+        if ours or name.endswith(TEMPORARY):  # of folders: a plan, a transposed matrix
+            remove_tree(store, name)
 
 
 def _sweep_folders(store: Path, manifest: Manifest | None) -> None:
     """Remove shards and graphs that no generation names; earlier manifests are read only where that is in doubt."""
-    folders = [store / name for name in (FOLDER, GRAPHS) if (store / name).is_dir()]
-    left = {f"{folder.name}/{entry.name}" for folder in folders for entry in folder.iterdir()}
+    left = {f"{folder}/{name}" for folder in (FOLDER, GRAPHS) for name in list_folder(store, folder)}
     left -= manifest.folders if manifest else set()
     for name in reversed(manifest.earlier if manifest else ()):
         if left:
             left -= Manifest.read(store, name).folders
     for name in sorted(left):
-        shutil.rmtree(store / name)
-    for folder in folders:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        remove_tree(store, name)
+    for folder in (FOLDER, GRAPHS):
+        if (store / folder).exists() and not list_folder(store, folder):
+            (store / folder).rmdir()
 
 
 def _is_ours(name: str) -> bool:

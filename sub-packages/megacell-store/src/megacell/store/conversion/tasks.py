@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One shard of a plan made: read, filtered, written, and the outcome noted."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from megacell.core.errors import DataError, KilledError, MegacellError, UsageError
-from megacell.core.files import TEMPORARY
 from megacell.store.conversion.filters import kept_cells
 from megacell.store.conversion.graph_pieces import PieceWriter
 from megacell.store.conversion.inspection import Inspection, check_unchanged
@@ -25,7 +23,7 @@ from megacell.store.conversion.outcomes import (
     source_read,
     write_outcome,
 )
-from megacell.store.conversion.plan import HASHES, Part, Plan, load_plan, shard_folder
+from megacell.store.conversion.plan import HASHES, Part, Plan, load_plan, remove_unfinished
 from megacell.store.format.obs import OBS_ROWS, tidy
 from megacell.store.format.shard import ShardWriter
 from megacell.store.processes.watchdog import is_abandoned
@@ -93,9 +91,7 @@ def _reading(source: int) -> Iterator[None]:
 
 def _make(plan: Plan, number: int, amended: dict[int, Amendment]) -> Outcome:
     name, parts = plan.names[number], plan.shards[number]
-    place = shard_folder(plan.store, name)
-    for left in (place, *place.parent.glob(f"{name}-*{TEMPORARY}")):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    remove_unfinished(plan.store, name)
     parts = [part for part in parts if part.source not in amended or not amended[part.source].left_out]
     found = [_amended(plan.inspections[part.source - plan.first], amended.get(part.source)) for part in parts]
     fractional = any(each.kind != UMI for each in found)

@@ -19,6 +19,8 @@ ROWS, VALUES = 1 << 14, 1 << 19  # a block's rows and values at most (one row is
 def scatter(columns_of: Any, rows: Any, data: Any, start: int, free: Any, columns: Any, values: Any) -> None:
     """Put values, in any order, to the next free place of their row; rows outside `free` are left out.
 
+    So is what finds no room: a file that others write to meanwhile may hold more than it did when it was counted.
+
     Parameters
     ----------
     columns_of, rows : int32 [nnz]
@@ -34,9 +36,10 @@ def scatter(columns_of: Any, rows: Any, data: Any, start: int, free: Any, column
         row = rows[k] - start
         if 0 <= row < len(free):
             at = free[row]
-            columns[at] = columns_of[k]
-            values[at] = data[k]
-            free[row] = at + 1
+            if at < len(columns):
+                columns[at] = columns_of[k]
+                values[at] = data[k]
+                free[row] = at + 1
 
 
 def cut_blocks(start: int, indptr: Array, columns: Array, values: Array, rows: int) -> Iterator[Block]:

@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
 from megacell.core.errors import DataError
+from megacell.store.format.tables import open_table
 
 Texts = Sequence[str] | np.ndarray[Any, Any]
+COLUMNS = ("gene_id", "symbol", "biotype")
+MOST_GENES = 1 << 22  # of a store; a table with more would be no table of genes, but one that is to fill the memory
+_MOST_TEXT = 1 << 30  # bytes of a column's texts together
 
 
 class GeneTable:
@@ -55,16 +60,40 @@ class GeneTable:
         return np.fromiter(map(xxhash.xxh3_64_intdigest, map(str.encode, self.gene_ids)), np.uint64, len(self))
 
     @classmethod
-    def read(cls, path: Path) -> "GeneTable":
-        """Read a genes-<generation>.parquet."""
-        try:
-            table = pq.read_table(path)
-            return cls(*(table[name].to_numpy() for name in ("gene_id", "symbol", "biotype")))
-        except (OSError, KeyError, pa.ArrowInvalid) as error:
-            raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
+    def read(cls, path: Path, genes: int | None = None) -> "GeneTable":
+        """Read a genes-<generation>.parquet.
+
+        Parameters
+        ----------
+        path : Path
+        genes : int, optional
+            How many the manifest says there are.
+
+        Raises
+        ------
+        DataError
+            A link, a damaged table, or another number of genes.
+        """
+        with open_table(path, rows=genes, as_codes=COLUMNS) as file:
+            if file.metadata.num_rows > MOST_GENES:
+                raise ValueError(f"{file.metadata.num_rows:,} genes, and {MOST_GENES:,} at most are taken")
+            table = file.read(list(COLUMNS))
+            return cls(*(_texts(table[name]) for name in COLUMNS))
 
     def write(self, path: Path) -> None:
         """Write the table."""
         columns = {"gene_id": self.gene_ids, "symbol": self.symbols, "biotype": self.biotypes}
         table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
         pq.write_table(table, path, compression="zstd")
+
+
+def _texts(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
+    """Return a column of text, read as codes, after a look at how long its texts are together."""
+    if column.null_count or not pa.types.is_dictionary(column.type):
+        raise ValueError("a column of texts is none, or lacks some")
+    size = 0
+    for chunk in column.chunks:
+        size += pc.sum(pc.take(pc.binary_length(chunk.dictionary), chunk.indices)).as_py() or 0
+        if size > _MOST_TEXT:
+            raise ValueError(f"texts of over {_MOST_TEXT >> 30} GiB in a column")
+    return np.array(column.cast(pa.string()).to_pylist(), object)

@@ -5,7 +5,6 @@ A shard's cells are known before those of the others, so its edges are kept by r
 made and each cell has its number (`graph_joining`).
 """
 
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megacell.core.errors import DataError
-from megacell.core.files import TEMPORARY, move_into_place
+from megacell.core.files import TEMPORARY, move_into_place, remove_tree
 from megacell.store.format.blocks import ROWS
 from megacell.store.format.manifest import GraphRecord
 from megacell.store.format.shard import ArrayWriter, map_array
@@ -22,6 +21,7 @@ from megacell.store.format.shard import ArrayWriter, map_array
 Array = np.ndarray[Any, Any]
 FOLDER = "neighbours"
 INDPTR, INDICES, WEIGHTS = "indptr.npy", "indices.npy", "weights.npy"
+_TYPES = {INDPTR: ("int64",), INDICES: ("uint32", "uint64"), WEIGHTS: ("float32", "float64")}
 
 
 def widest_weights(types: Iterable[str]) -> str:
@@ -38,7 +38,8 @@ def map_graph(store: Path, name: str, record: GraphRecord) -> tuple[Array, Array
         An array that is missing, or not as the manifest says.
     """
     folder = store / FOLDER / name
-    indptr, cells, weights = (map_array(folder / file, record.files.get(file)) for file in (INDPTR, INDICES, WEIGHTS))
+    arrays = (map_array(folder / file, record.files.get(file), types) for file, types in _TYPES.items())
+    indptr, cells, weights = arrays
     if len(indptr) != record.cells + 1 or len(cells) != len(weights):
         raise DataError(f"{folder}: arrays of different lengths; run `megacell verify {store}`")
     return indptr, cells, weights
@@ -61,9 +62,8 @@ class GraphWriter:
     def __init__(self, store: Path, name: str, cells: int, weights: str) -> None:
         self._place = store / FOLDER / name
         self._folder = self._place.with_name(name + TEMPORARY)
-        for left in (self._place, self._folder):
-            if left.exists():  # of a process that was killed
-                shutil.rmtree(left)
+        for left in (self._place, self._folder):  # of a process that was killed
+            remove_tree(store, f"{FOLDER}/{left.name}")
         self._folder.mkdir(parents=True)
         dtypes = {INDPTR: "int64", INDICES: "uint32" if cells <= 1 << 32 else "uint64", WEIGHTS: weights}
         self._arrays = {file: ArrayWriter(self._folder / file, dtype) for file, dtype in dtypes.items()}

@@ -18,11 +18,15 @@ import xxhash
 
 from megacell.core.errors import DataError
 from megacell.core.files import hash_file, write_whole
+from megacell.store.format.links import plain_size
 
 FORMAT = "megacell-store"
 VERSION = 1
 NAME = "manifest.json"
+LARGEST = 512 << 20  # bytes; that of ten thousand files with as many columns has a tenth
+KINDS = ("category", "string", "integer", "number", "boolean")  # of a column
 _UNSIGNED = "0" * 16
+_TOO_LARGE = 1 << 53  # of cells, bytes, …
 _GENERATION = re.compile(r"-\d+$")
 
 
@@ -208,8 +212,8 @@ class Manifest:
             raise DataError(f"{where}: the manifest is damaged (wrong checksum); restore it from a copy")
         try:
             return replace(_parse(content), digest=xxhash.xxh3_64_hexdigest(text))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{where}: the manifest is malformed ({error!r}); restore it from a copy") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{where}: the manifest is malformed ({error!r:.200}); restore it from a copy") from None
 
     @classmethod
     def open(cls, store: Path, generation: int | None = None) -> "Manifest":
@@ -233,6 +237,8 @@ class Manifest:
         """Read one of a store's manifests by its file's name; errors as `open`'s."""
         where = store / name
         try:
+            if (size := plain_size(where)) > LARGEST:
+                raise DataError(f"{where}: {size:,} bytes, and {LARGEST:,} at most are read; it is no manifest of ours")
             text = where.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{store}: not a cell store (no {name}); make one with `megacell convert`") from None
@@ -269,7 +275,7 @@ def _unsigned_hash(text: bytes, checksum: str) -> str:
 
 def _parse(content: dict[str, Any]) -> Manifest:
     """Build a manifest from JSON, with every type checked; members that version 1 does not know are left alone."""
-    return Manifest(
+    made = Manifest(
         generation=_count(content, "generation", least=1),
         species=_text(content, "species"),
         cells=_count(content, "cells"),
@@ -287,6 +293,11 @@ def _parse(content: dict[str, Any]) -> Manifest:
             for name, graph in content["neighbours"].items()
         },
     )
+    if made.cells != sum(shard.cells for shard in made.shards):
+        raise ValueError("its cells are not those of its shards")
+    if len({shard.name for shard in made.shards}) < len(made.shards):
+        raise ValueError("a shard stands twice")
+    return made
 
 
 _TEXTS, _COUNTS = ([each.name for each in fields(Source) if each.type is kind] for kind in (str, int))
@@ -299,10 +310,14 @@ def _source(content: dict[str, Any]) -> Source:
 
 
 def _obs_column(content: dict[str, Any]) -> ObsColumn:
-    categories = content["categories"]
+    categories, kind = content["categories"], _text(content, "kind")
+    if kind not in KINDS:
+        raise ValueError(f"no kind of columns: {kind[:40]!r}")
+    if categories is not None and len(set(map(str, categories))) < len(categories):
+        raise ValueError(f"a category of {content['name']!r:.80} stands twice")
     return ObsColumn(
         _text(content, "name"),
-        _text(content, "kind"),
+        kind,
         None if categories is None else tuple(map(str, categories)),
         content["ordered"] is True,
     )
@@ -331,7 +346,7 @@ def _text(content: dict[str, Any], key: str) -> str:
 
 def _count(content: dict[str, Any], key: str, least: int = 0) -> int:
     value = content[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _TOO_LARGE:
         raise TypeError(f"{key} is not a whole number from {least}")
     return value
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from megacell.core.errors import DataError
+from megacell.store.format.gene_table import MOST_GENES
+from megacell.store.format.tables import open_table
 
 Array = np.ndarray[Any, Any]
 
@@ -54,24 +55,32 @@ class PanelWriter:
 
 
 def _read(path: Path) -> Iterator[Array]:
-    try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                for lists in file.read_row_group(group)["genes"].chunks:
-                    for i in range(len(lists)):
-                        yield _numbers(lists.slice(i, 1))
-    except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
+    with open_table(path) as file:
+        for group in range(file.num_row_groups):
+            yield _panel(file, group)
 
 
 def read_panel(path: Path, number: int) -> Array:
-    """Read one panel: sorted uint32."""
-    try:
-        with pq.ParquetFile(path) as file:
-            return _numbers(file.read_row_group(number)["genes"].combine_chunks())
-    except (OSError, KeyError, IndexError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: cannot be read ({error}); restore it or convert again") from None
+    """Read one panel: sorted uint32.
+
+    Raises
+    ------
+    DataError
+        A link, a damaged table, or no such panel.
+    """
+    with open_table(path) as file:
+        if number >= file.num_row_groups:
+            raise ValueError(f"no panel {number}")
+        return _panel(file, number)
 
 
-def _numbers(lists: pa.ListArray) -> Array:
-    return np.asarray(lists.flatten().to_numpy(zero_copy_only=False), np.uint32)
+def _panel(file: pq.ParquetFile, number: int) -> Array:
+    """Read a row group, which is to hold one list of genes."""
+    group = file.metadata.row_group(number)
+    if group.num_rows != 1 or group.num_columns != 1 or group.column(0).num_values > MOST_GENES:
+        raise ValueError(f"row group {number} is no list of genes")
+    lists: pa.ListArray = file.read_row_group(number)["genes"].combine_chunks()
+    genes = lists.flatten()
+    if not pa.types.is_uint32(genes.type) or genes.null_count:
+        raise ValueError(f"row group {number} is no list of genes")
+    return np.asarray(genes.to_numpy(zero_copy_only=False), np.uint32)

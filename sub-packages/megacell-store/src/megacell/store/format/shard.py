@@ -5,7 +5,6 @@ import errno
 import io
 import math
 import secrets
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +15,9 @@ import pandas as pd
 import pyarrow as pa
 
 from megacell.core.errors import DataError
-from megacell.core.files import TEMPORARY, flush_file, hash_file, move_into_place
+from megacell.core.files import TEMPORARY, flush_file, hash_file, move_into_place, remove_tree
 from megacell.store.format.canonical import cell_hashes, narrow
+from megacell.store.format.links import plain_size
 from megacell.store.format.manifest import FileRecord, ObsColumn, ShardRecord
 from megacell.store.format.obs import ObsWriter
 
@@ -27,6 +27,8 @@ SHARD_BYTES = 2 << 30  # at which a shard is full
 WIDEN_ABOVE = 0.01  # share of counts over 254 from which a wider type is smaller than the overflow arrays
 _HEADER = 128  # bytes of a .npy header whose length is filled in at the end
 _HEADER_AT_MOST = 1 << 12  # of arrays that others wrote
+_ALIGNED = 16  # bytes; compiled loops take values to lie at whole multiples of their size
+_DEPTH = 2  # folders between a store's and its arrays: shards/NAME
 _AT_ONCE = 1 << 20  # values a step when counts are widened
 
 
@@ -86,7 +88,7 @@ class ShardWriter:
         *,
         fractional: bool,
     ) -> None:
-        self.place = store / FOLDER / name
+        self._store, self.place = store, store / FOLDER / name
         # a name of its own: a process that outlives its killed conversion may still be writing the same shard
         self.folder = self.place.with_name(f"{name}-{secrets.token_hex(4)}{TEMPORARY}")
         self.folder.mkdir(parents=True)
@@ -160,7 +162,10 @@ class ShardWriter:
             # A process that outlived its killed conversion was faster: what it made of the same plan is the same.
             if {path.name: hash_file(path) for path in self.place.iterdir()} != {n: f.xxh3 for n, f in files.items()}:
                 raise DataError(f"{self.place}: another process wrote it meanwhile; convert again") from None
-            shutil.rmtree(self.folder)
+            self._remove()
+
+    def _remove(self) -> None:
+        remove_tree(self._store, f"{FOLDER}/{self.folder.name}")
 
     def _widen(self) -> FileRecord:
         """Write the counts again as uint16 or uint32, step by step."""
@@ -183,21 +188,31 @@ class ShardWriter:
         for abandon in (self._obs.abandon, *(array.abandon for array in self._arrays.values())):
             with suppress(OSError):  # closing writes what is buffered, and the disk may be full
                 abandon()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self._remove()
 
 
-def map_array(path: Path, record: FileRecord | None) -> np.ndarray[Any, Any]:
-    """Map a .npy file read-only after a look at its size, which finds truncation before a page fault does.
+def map_array(path: Path, record: FileRecord | None, dtypes: Sequence[str] = ()) -> np.ndarray[Any, Any]:
+    """Map a one-dimensional .npy file read-only after a look at its size, which finds truncation before a page fault.
+
+    Parameters
+    ----------
+    path : Path
+        Two folders below the store's.
+    record : FileRecord or None
+        What the manifest says of it.
+    dtypes : sequence of str
+        NumPy's names of the types that it may have; compiled loops go by these. Any, if there are none.
 
     Raises
     ------
     DataError
-        Missing, of another size, type or shape than the manifest says.
+        Missing, a link, of another size, type or shape than the manifest says.
     """
     if record is None:
         raise DataError(f"{path}: the manifest does not name it; run `megacell verify`")
     try:
-        size = path.stat().st_size
+        size = plain_size(path, _DEPTH)
         if size != record.bytes:
             raise DataError(f"{path}: {size} bytes, should be {record.bytes}; restore it or convert again")
         with pa.memory_map(str(path)) as file:  # unlike NumPy's maps it keeps no descriptor: stores have thousands
@@ -206,9 +221,13 @@ def map_array(path: Path, record: FileRecord | None) -> np.ndarray[Any, Any]:
         np.lib.format.read_magic(header)
         shape, _, dtype = np.lib.format.read_array_header_1_0(header)
         array: np.ndarray[Any, Any] = np.frombuffer(content, dtype, math.prod(shape), header.tell()).reshape(shape)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         fix = "restore it, convert again, or open the store anew if `compact --prune` removed it"
         raise DataError(f"{path}: cannot be read ({error}); {fix}") from None
     if array.dtype.name != record.dtype or array.shape != record.shape:
         raise DataError(f"{path}: {array.dtype.name} {array.shape}, not as the manifest says; run `megacell verify`")
+    if array.ndim != 1 or header.tell() % _ALIGNED or not array.dtype.isnative:
+        raise DataError(f"{path}: not laid out as a store's arrays are; convert again")
+    if dtypes and array.dtype.name not in dtypes:
+        raise DataError(f"{path}: holds {array.dtype.name}, not {' or '.join(dtypes)}; convert again")
     return array

@@ -7,7 +7,6 @@ generation or the new one, and a shard that was finished is not made again.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,25 +15,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megacell.core.errors import DataError, KilledError, UsageError
 from megacell.core.files import TEMPORARY, write_whole
 from megacell.core.progress import Progress
 from megacell.store.conversion.parts import refuse_running_parts
-from megacell.store.conversion.plan import load_plan, shard_folder
+from megacell.store.conversion.plan import load_plan, remove_unfinished, shard_folder
 from megacell.store.conversion.target import naming_disk, sweep, sweeping
 from megacell.store.conversion.warm_up import prepare
 from megacell.store.format.blocks import ROWS, cut_blocks
 from megacell.store.format.gene_table import GeneTable
+from megacell.store.format.links import refuse_links
 from megacell.store.format.lock import writing
 from megacell.store.format.manifest import FileRecord, Manifest, ObsColumn, ShardRecord, generation_name
 from megacell.store.format.obs import INDEX, OBS_ROWS, from_table
 from megacell.store.format.shard import OBS, SHARD_BYTES, ShardWriter
+from megacell.store.format.tables import open_table
 from megacell.store.format.verify import damage_of
 from megacell.store.maintain.pruning import OLDER_THAN, needed_files, outdated, own_bytes, reading_of
 from megacell.store.processes.executors import MEMORY, Died, executor, fitting_workers
-from megacell.store.read.mapped_shard import Shard
+from megacell.store.read.mapped_shard import Shard, map_cells
 
 Array = np.ndarray[Any, Any]
 Group = Sequence[ShardRecord]
@@ -114,6 +114,7 @@ def compact(
     if older_than < 0:
         raise UsageError(f"--older-than {older_than:g}: give hours, 0 or more")
     fitting = fitting_workers(workers, memory)
+    refuse_links(store)
     Manifest.open(store)  # before a lock is put into a folder that is no store
     with naming_disk(store), writing(store), Progress(show=progress) as bar, sweeping(store):
         manifest = Manifest.open(store)
@@ -171,7 +172,7 @@ def _merge(
     if not several:
         return list(manifest.shards)
     folder = store / f"compaction-{manifest.digest}-{shard_bytes}{TEMPORARY}"
-    if not folder.exists():
+    if folder.is_symlink() or not folder.exists():
         sweep(store)
         folder.mkdir()
     names = [name for name, _ in zip(manifest.new_shards(), several, strict=False)]
@@ -197,8 +198,7 @@ def merge_shards(
             return made
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not made yet
-    for left in (place, *place.parent.glob(f"{name}-*{TEMPORARY}")):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    remove_unfinished(store, name)
     hashes = GeneTable.read(store / genes_file).hashes()
     shards = [_open_whole(store, record) for record in group]
     if all(shard.indices.dtype == np.uint16 for shard in shards):
@@ -229,14 +229,18 @@ def _open_whole(store: Path, record: ShardRecord) -> Shard:
 
 def _add(shard: Shard, writer: ShardWriter, genes: int, schema: Sequence[ObsColumn]) -> None:
     """Append a shard's cells, and their metadata as the store has them now."""
-    hashes, panels = shard.map("cell_hash.npy"), shard.map("panels.npy")
+    store = shard.folder.parent.parent
+    hashes, panels = (map_cells(store, shard.record, name) for name in ("cell_hash.npy", "panels.npy"))
     for first, indptr, numbers, counts in cut_blocks(0, shard.indptr, shard.indices, shard.counts, ROWS):
         cells = slice(first, first + len(indptr) - 1)
-        values = _exact(shard, int(shard.indptr[first]), counts)
+        try:
+            values = _exact(shard, int(shard.indptr[first]), counts)
+        except (IndexError, ValueError):  # positions that do not ascend lead anywhere
+            raise DataError(f"{shard.folder}: its overflow files do not fit the counts; convert again") from None
         whole = int(numbers.max(initial=0)) < genes
         if not whole or not np.array_equal(writer.add(indptr, numbers, values, panels[cells]), hashes[cells]):
             raise DataError(f"{shard.folder}: cells from row {first} on are not those that were hashed; convert again")
-    with pq.ParquetFile(shard.folder / OBS) as file:
+    with open_table(shard.folder / OBS, 2, shard.record.cells) as file:
         for batch in file.iter_batches(OBS_ROWS):
             table = pa.Table.from_batches([batch])
             columns = {column.name: from_table(table, column) for column in schema}

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megacell.core import lock
 from megacell.core.errors import UsageError
-from megacell.core.files import TEMPORARY, move_into_place
+from megacell.core.files import TEMPORARY, move_into_place, remove_tree
 from megacell.store.read.cell_store import CellStore
 from megacell.store.read.neighbours import Neighbours
 from megacell.store.sources.scdl import NEIGHBOURS, TYPES
@@ -51,7 +52,19 @@ def export_scdl(store: CellStore, out: str | os.PathLike[str], neighbours: str |
     if not store.manifest.values:
         raise UsageError(f"{store.path}: holds no counts above zero, which bionemo-scdl cannot open")
     folder = path.with_name(path.name + TEMPORARY)
-    folder.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock.held(lock.beside(path), f"{path}: another export is writing here"):
+        remove_tree(path.parent, folder.name)  # of one that was killed
+        folder.mkdir()
+        try:
+            _fill(folder, store, graph)
+        except Exception:
+            remove_tree(path.parent, folder.name)
+            raise
+        move_into_place(folder, path)
+
+
+def _fill(folder: Path, store: CellStore, graph: Neighbours | None) -> None:
     types = {"DATA": "float32", "ROWPTR": _smallest(store.manifest.values), "COLPTR": _smallest(store.shape[1] - 1)}
     names = {"DATA": "data.npy", "ROWPTR": "row_ptr.npy", "COLPTR": "col_ptr.npy"}
     files = {key: open(folder / name, "wb") for key, name in names.items()}  # noqa: SIM115 - closed below
@@ -71,7 +84,6 @@ def export_scdl(store: CellStore, out: str | os.PathLike[str], neighbours: str |
     obs[text] = obs[text].astype(object)  # its reader makes NumPy arrays of the columns, categories not among them
     _write_index(folder / "obs_features", pa.Table.from_pandas(obs, preserve_index=False), store)
     (folder / "header.sch").write_bytes(_header(store, types))
-    move_into_place(folder, path)
 
 
 def _smallest(largest: int) -> str:

@@ -15,8 +15,9 @@ _expendable = False
 
 
 def make_expendable() -> None:
-    """Let this process be ended where a call gets stuck."""
+    """Let this process be ended where a call gets stuck, and by a mapped file that is cut short: its parent tells."""
     global _expendable
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)
     _expendable = hasattr(signal, "setitimer")
 
 

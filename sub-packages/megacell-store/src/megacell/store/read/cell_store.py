@@ -4,6 +4,7 @@
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from megacell.core.errors import DataError
@@ -19,10 +19,11 @@ from megacell.store.format.gene_table import GeneTable
 from megacell.store.format.manifest import Manifest, ShardRecord, Source
 from megacell.store.format.obs import INDEX, SOURCE, from_table
 from megacell.store.format.panels import read_panel
-from megacell.store.format.shard import FOLDER, OBS, map_array
+from megacell.store.format.shard import FOLDER, OBS
+from megacell.store.format.tables import NO_TABLE, open_table
 from megacell.store.read.cell_view import BLOCK, CellView
 from megacell.store.read.gather import FIELDS, RowsInPlace, copy_rows, locate
-from megacell.store.read.mapped_shard import Shard
+from megacell.store.read.mapped_shard import Shard, map_cells, map_sources
 from megacell.store.read.neighbours import Neighbours
 from megacell.store.read.query import matching
 from megacell.store.read.readahead import will_need
@@ -87,10 +88,7 @@ class CellStore:
 
     @cached_property
     def _genes(self) -> GeneTable:
-        table = GeneTable.read(self.path / self.manifest.genes_file)
-        if len(table) != self.manifest.genes:
-            raise DataError(f"{self.path / self.manifest.genes_file}: {len(table)} genes; run `megacell verify`")
-        return table
+        return GeneTable.read(self.path / self.manifest.genes_file, self.manifest.genes)
 
     @cached_property
     def gene_ids(self) -> Array:
@@ -199,8 +197,9 @@ class CellStore:
 
     def damaged(self, shard: int) -> DataError:
         """Return the error for a shard whose numbers cannot be right."""
+        folder = self.path / FOLDER / self.manifest.shards[shard].name
         return DataError(
-            f"{self.path / FOLDER / self.manifest.shards[shard].name}: damaged; run `megacell verify {self.path}`"
+            f"{folder}: damaged; run `megacell verify {self.path}`, and convert again if that finds nothing"
         )
 
     def numbers_of(self, indices: Any) -> Array:
@@ -288,28 +287,24 @@ class CellStore:
     @cached_property
     def source_of(self) -> Array:
         """Number of the source of each cell: uint32 [cells]."""
-        return self._column("panels.npy", np.dtype(np.uint32))
+        sources = len(self.manifest.sources)
+        return _joined([map_sources(self.path, s, sources) for s in self.manifest.shards], np.dtype(np.uint32))
 
     @cached_property
     def cell_hash(self) -> Array:
         """Hash of each cell's gene ids and counts: uint64 [cells]; 0 for a cell without counts."""
-        return self._column("cell_hash.npy", np.dtype(np.uint64))
-
-    def _column(self, name: str, dtype: np.dtype[Any]) -> Array:
-        """Return one of the shards' arrays by cell, mapped if there is one shard."""
-        parts = [self._shard_array(shard, name) for shard in self.manifest.shards]
-        if not parts:
-            return np.zeros(0, dtype)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _shard_array(self, shard: ShardRecord, name: str) -> Array:
-        return map_array(self.path / FOLDER / shard.name / name, shard.files.get(name))
+        parts = [map_cells(self.path, shard, "cell_hash.npy") for shard in self.manifest.shards]
+        return _joined(parts, np.dtype(np.uint64))
 
     def panel(self, source: int) -> Array:
         """Return the genes that a source measured: sorted uint32 numbers."""
         if not 0 <= source < len(self.manifest.sources):
             raise DataError(f"{self.path}: no source {source}; there are {len(self.manifest.sources)}")
-        return read_panel(self.path / self.manifest.panels_file, self.manifest.sources[source].panel)
+        path = self.path / self.manifest.panels_file
+        panel = read_panel(path, self.manifest.sources[source].panel)
+        if len(panel) and int(panel.max()) >= self.manifest.genes:
+            raise DataError(f"{path}: names gene {panel.max()} of {self.manifest.genes}; run `megacell verify`")
+        return panel
 
     @property
     def obs_columns(self) -> list[str]:
@@ -352,21 +347,24 @@ class CellStore:
             first, last = (int(self._first[number + i]) for i in (0, 1))
             low, high = max(start, first) - first, min(stop, last) - first
             if low < high:
-                tables.append(self._obs_table(shard.name, names).slice(low, high - low))
-                sources.append(self._shard_array(shard, "panels.npy")[low:high])
+                tables.append(self._obs_table(shard, names).slice(low, high - low))
+                sources.append(map_sources(self.path, shard, len(self.manifest.sources))[low:high])
         return self._frame(names, tables or [pa.table({})], np.concatenate(sources), pd.RangeIndex(start, stop))
 
     def _obs(self, names: list[str]) -> pd.DataFrame:
-        tables = [self._obs_table(shard.name, [INDEX, *names]) for shard in self.manifest.shards]
-        index = pd.Index([name for table in tables for name in table.column(INDEX).to_pylist()], dtype=object)
-        return self._frame(names, tables, self.source_of, index)
+        source_of = self.source_of  # of real cells: their tables are as long as these
+        tables = [self._obs_table(shard, [INDEX, *names]) for shard in self.manifest.shards]
+        with self._reading_obs():
+            index = pd.Index([name for table in tables for name in table.column(INDEX).to_pylist()], dtype=object)
+        return self._frame(names, tables, source_of, index)
 
     def _frame(self, names: list[str], tables: list[pa.Table], sources: Array, index: pd.Index) -> pd.DataFrame:
         """Return the shards' tables as one frame of the store's schema."""
         columns = {}
         for column in self.manifest.obs:
             if column.name in names:
-                columns[column.name] = pd.concat([from_table(t, column) for t in tables], ignore_index=True)
+                with self._reading_obs():
+                    columns[column.name] = pd.concat([from_table(t, column) for t in tables], ignore_index=True)
         if SOURCE in names:
             names_of = pd.CategoricalDtype([source.name for source in self.manifest.sources])
             columns[SOURCE] = pd.Series(pd.Categorical.from_codes(sources.astype(np.int64), dtype=names_of))
@@ -374,13 +372,18 @@ class CellStore:
         frame.index = index
         return frame
 
-    def _obs_table(self, shard: str, names: list[str]) -> pa.Table:
-        path = self.path / FOLDER / shard / OBS
+    def _obs_table(self, shard: ShardRecord, names: list[str]) -> pa.Table:
+        with open_table(self.path / FOLDER / shard.name / OBS, 2, shard.cells) as file:
+            return file.read([name for name in names if name in file.schema_arrow.names])
+
+    @contextmanager
+    def _reading_obs(self) -> Iterator[None]:
+        """Turn what is said of a table that is not of the store's schema into an error that names the store."""
         try:
-            with pq.ParquetFile(path) as file:
-                return file.read([name for name in names if name in file.schema_arrow.names])
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{path}: cannot be read ({error}); run `megacell verify {self.path}`") from None
+            yield
+        except NO_TABLE as error:
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{self.path}: {OBS} of a shard is damaged ({line}); run `megacell verify`") from None
 
     def neighbours(self, name: str) -> Neighbours:
         """Return a graph between the cells, by the name that it was converted under, such as "connectivities".
@@ -399,3 +402,10 @@ class CellStore:
         cells = self.numbers_of(slice(None) if indices is None else indices)
         var = pd.DataFrame({"symbol": self.symbols}, index=pd.Index(self.gene_ids, dtype=object))
         return AnnData(self.rows(cells), obs=self.obs.iloc[cells].copy(), var=var)
+
+
+def _joined(parts: Sequence[Array], dtype: np.dtype[Any]) -> Array:
+    """Return the shards' arrays as one, mapped if there is one shard."""
+    if not parts:
+        return np.zeros(0, dtype)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

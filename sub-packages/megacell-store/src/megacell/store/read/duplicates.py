@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megacell.store.format.manifest import Manifest
-from megacell.store.format.shard import FOLDER, map_array
+from megacell.store.read.mapped_shard import map_cells, map_sources
 
 Array = np.ndarray[Any, Any]
 EMPTY = 0  # the hash of a cell without counts; two such cells are no copies
@@ -45,10 +45,8 @@ def _shares(store: Path, manifest: Manifest) -> Iterator[tuple[Array, Array]]:
     for share in range(1 << bits):
         hashes, sources = [], []
         for shard in manifest.shards:
-            own, panels = (
-                map_array(store / FOLDER / shard.name / name, shard.files.get(name))
-                for name in ("cell_hash.npy", "panels.npy")
-            )
+            own = map_cells(store, shard, "cell_hash.npy")
+            panels = map_sources(store, shard, len(manifest.sources))
             here = slice(None) if not bits else (own >> np.uint64(64 - bits)) == share
             hashes.append(own[here])
             sources.append(panels[here])
@@ -94,7 +92,7 @@ def held(wanted: Array, store: Path, manifest: Manifest) -> Array:
     order = np.argsort(wanted)
     ordered, found = wanted[order], np.zeros(len(wanted), bool)
     for shard in manifest.shards:
-        own = map_array(store / FOLDER / shard.name / "cell_hash.npy", shard.files.get("cell_hash.npy"))
+        own = map_cells(store, shard, "cell_hash.npy")
         for start in range(0, len(own), AT_ONCE):
             piece = np.unique(own[start : start + AT_ONCE])
             low, high = (np.searchsorted(ordered, piece, side=side) for side in ("left", "right"))

@@ -133,6 +133,16 @@ def _copy_counts(source: Any, out: Any) -> None:
 
 
 @compiled
+def _copy_fractions(source: Any, out: Any) -> bool:
+    """Copy a row's counts as they are; False if one is negative, infinite or no number, which no count is."""
+    fine = True
+    for k in range(len(out)):
+        out[k] = source[k]
+        fine &= (source[k] >= 0) & (source[k] < np.inf)
+    return bool(fine)
+
+
+@compiled
 def _copy_narrow(source: Any, out: Any) -> int:
     """Copy a row's byte counts and return how many of them stand in the overflow arrays."""
     marks = np.uint32(0)
@@ -189,7 +199,7 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
     Returns
     -------
     int
-        -1, or the shard in which a gene number is too large or an overflow value is missing.
+        -1, or the shard in which a gene number is too large, an overflow value missing, or a count none.
     """
     for i in range(len(shard_of)):
         shard, start = shard_of[i], start_of[i]
@@ -215,8 +225,8 @@ def copy_rows(table: Any, indptr: Any, shard_of: Any, start_of: Any, n_genes: in
             _copy_counts(numba.carray(_uint16_at(table[shard, COUNTS]), stop)[start:], out_counts)
         elif kind == 2:
             _copy_counts(numba.carray(_uint32_at(table[shard, COUNTS]), stop)[start:], out_counts)
-        else:
-            _copy_counts(numba.carray(_float32_at(table[shard, COUNTS]), stop)[start:], out_counts)
+        elif not _copy_fractions(numba.carray(_float32_at(table[shard, COUNTS]), stop)[start:], out_counts):
+            return int(shard)
     return -1
 
 

@@ -157,6 +157,7 @@ class _Sparse(Matrix, ABC):
                 shape = node.attrs["shape"] if "shape" in node.attrs else node.attrs["h5sparse_shape"]
             self.indptr, self.indices, self.data = node["indptr"], node["indices"], node["data"]
             self.shape = (int(shape[0]), int(shape[1]))
+            check_complete(self.indptr)
             if self.data.dtype.kind not in "fiub" or self.indices.dtype.kind not in "iu":
                 raise ValueError(f"values of type {self.data.dtype}")
             if self.indices.shape != self.data.shape:

@@ -5,6 +5,7 @@ Whatever the layout, a block is ``(first row, indptr int64 [rows + 1], columns i
 [nnz])``, the values in the file's order. Anonymous memory is bounded by a block, never by the matrix.
 """
 
+import errno
 import math
 import zlib
 from abc import ABC, abstractmethod
@@ -22,6 +23,7 @@ from megacell.store.processes.watchdog import watched
 # what h5py, NumPy and the readers of compressed files raise where the bytes of a file lead them astray
 _PLAIN = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
 DAMAGE = (*_PLAIN, ArithmeticError, MemoryError, AssertionError, zlib.error)
+_OF_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Matrix(ABC):
@@ -52,8 +54,15 @@ class Matrix(ABC):
             with watched():
                 yield
         except DAMAGE as error:
+            if is_of_machine(error):
+                raise
             line = first_line(error)
             raise DataError(f"{self.place}: cannot be read ({line}); the file is damaged, fetch it again") from error
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """True for what a full disk, or a process at its limits, says: no file that is read is to blame for it."""
+    return isinstance(error, OSError) and error.errno in _OF_MACHINE
 
 
 def first_line(error: BaseException) -> str:
@@ -79,3 +88,12 @@ def check_complete(array: Any) -> None:
         raise ValueError(
             f"only {found:,} of {wanted:,} {'chunks' if array.chunks else 'bytes'} of {array.name} are there"
         )
+
+
+def check_stored(node: Any) -> None:
+    """Check all arrays at or below a node that is read whole, as `check_complete` does."""
+    if hasattr(node, "shape") and hasattr(node, "dtype"):
+        check_complete(node)
+        return
+    for name in node:
+        check_stored(node[name])

@@ -63,7 +63,7 @@ def find_sources(sources: str | os.PathLike[str] | Iterable[str | os.PathLike[st
     found: dict[Path, Path] = {}
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(_inside(path))
+            inside = sorted(_inside(path, set()))
             if not inside:
                 raise UsageError(
                     f"{path}: no source in this folder ({', '.join(SUFFIXES)}, .zarr, 10x .mtx); name another"
@@ -79,16 +79,23 @@ def find_sources(sources: str | os.PathLike[str] | Iterable[str | os.PathLike[st
     return list(found.values())
 
 
-def _inside(folder: Path) -> list[Path]:
-    """Return a folder that is itself a source, or the sources below it, never what lies within a Zarr store."""
+def _inside(folder: Path, seen: set[tuple[int, int]]) -> list[Path]:
+    """Return a folder that is itself a source, or the sources below it, never what lies within a Zarr store.
+
+    `seen` holds the folders that were looked into: links may lead back to them.
+    """
+    state = folder.stat()
+    if (state.st_dev, state.st_ino) in seen:
+        return []
+    seen.add((state.st_dev, state.st_ino))
     if is_zarr(folder) or is_tenx(folder) or is_scdl(folder):
         return [folder]
     found = []
-    for entry in folder.iterdir():
+    for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += _inside(entry)
+            found += _inside(entry, seen)
         elif entry.suffix.lower() in SUFFIXES and entry.is_file():
             found.append(entry)
     return found

@@ -19,7 +19,7 @@ from megacell.store.sources.choice import Choice, Settled, choose_counts, reopen
 from megacell.store.sources.container import Container
 from megacell.store.sources.count_kinds import LENGTH_NORMALISED, UMI
 from megacell.store.sources.features import read_id_map
-from megacell.store.sources.matrix import DAMAGE, Matrix, first_line
+from megacell.store.sources.matrix import DAMAGE, Matrix, first_line, is_of_machine
 from megacell.store.sources.recover import recover_rows, tolerances
 from megacell.store.sources.registry import open_container
 from megacell.store.sources.species import SPECIES_COLUMNS, species_of
@@ -288,6 +288,8 @@ def open_source(
     except DAMAGE as error:
         if file is not None:
             file.close()
+        if is_of_machine(error):
+            raise
         raise DataError(f"{path}: cannot be read ({first_line(error)}); the file is damaged, fetch it again") from error
     except BaseException:
         if file is not None:

@@ -12,7 +12,7 @@ import pandas as pd
 from megacell.core.errors import DataError
 from megacell.store.processes.watchdog import watched
 from megacell.store.sources.container import ROW_NAMES, is_array
-from megacell.store.sources.matrix import DAMAGE, check_complete, first_line
+from megacell.store.sources.matrix import DAMAGE, check_complete, check_stored, first_line, is_of_machine
 
 Array = np.ndarray[Any, Any]
 _NULLABLE: dict[str, Callable[[Array, Array], Any]] = {
@@ -51,6 +51,8 @@ class Frame:
             with watched():
                 self._open(group[name])
         except DAMAGE as error:
+            if is_of_machine(error):
+                raise
             raise self._damaged(error) from error
 
     def __len__(self) -> int:
@@ -87,6 +89,8 @@ class Frame:
                     index = pd.Index(_column(self._node[self._index], rows))
                 return pd.DataFrame({name: _column(self._node[name], rows) for name in wanted}, index)
         except DAMAGE as error:
+            if is_of_machine(error):
+                raise
             raise self._damaged(error) from error
 
     def _damaged(self, error: BaseException) -> DataError:
@@ -116,12 +120,15 @@ def _column(node: Any, rows: slice) -> Any:
         categories = node.attrs["categories"]  # AnnData 0.7: a reference, for Zarr a name
         table = node.file[categories] if hasattr(node, "file") else _beside(node, categories)
         ordered = bool(table.attrs.get("ordered", False))
+        check_stored(table)
         return pd.Categorical.from_codes(_decoded(node, rows), read_elem(table), ordered=ordered)
     if _encoding(node) == "categorical":
         ordered = bool(node.attrs.get("ordered", False))
+        check_stored(node["categories"])
         return pd.Categorical.from_codes(_decoded(node["codes"], rows), read_elem(node["categories"]), ordered=ordered)
     if _encoding(node) in _NULLABLE:
         return _NULLABLE[_encoding(node)](_decoded(node["values"], rows), _decoded(node["mask"], rows))
+    check_stored(node)
     try:
         whole = read_elem(node)
     except Exception as error:  # whatever AnnData's reader says of an encoding that it does not know

@@ -50,6 +50,7 @@ class TenxH5(Container):
 
     def matrix(self, name: str) -> tuple[Matrix, pd.DataFrame]:
         place = f"{self.path}: {name}"
+        check_complete(self.group["shape"])
         shape = self.group["shape"][:]
         if tuple(shape) != (len(self.var), self.n_cells):
             raise DataError(f"{place}: shape {tuple(shape)} does not fit; the file is damaged, fetch it again")
