@@ -229,10 +229,10 @@ def test_the_published_genes_are_named_for_what_they_are(published, tmp_path):
 
 
 BAD = {
-    "post-LN": ({"transformer_block_type": "post_ln"}, {}, "transformer_block_type is post_ln"),
-    "another norm": ({"normalization": "rmsnorm"}, {}, "normalization is rmsnorm"),
-    "another activation": ({"activation": "swiglu"}, {}, "activation is swiglu"),
-    "rotary positions": ({"position_embedding_type": "rope"}, {}, "position_embedding_type is rope"),
+    "post-LN": ({"transformer_block_type": "post_ln"}, {}, "transformer_block_type is 'post_ln'"),
+    "another norm": ({"normalization": "rmsnorm"}, {}, "normalization is 'rmsnorm'"),
+    "another activation": ({"activation": "swiglu"}, {}, "activation is 'swiglu'"),
+    "rotary positions": ({"position_embedding_type": "rope"}, {}, "position_embedding_type is 'rope'"),
     "the oldest layout of attention": ({"megatron_legacy": True}, {}, "megatron_legacy"),
     "pipeline ranks": ({"pipeline_model_parallel_size": 2}, {}, "pipeline_model_parallel_size is 2"),
     "odd heads": ({"num_attention_heads": 5}, {}, "does not divide"),

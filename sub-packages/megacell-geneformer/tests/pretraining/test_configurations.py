@@ -188,3 +188,9 @@ def test_bionemos_rate_stays_lowest_for_the_last_twentieth():
 def test_a_constant_rate_stays_where_the_warm_up_leads():
     found, _ = rates("optim.schedule=constant", "optim.warmup=10", "steps=100")
     np.testing.assert_allclose(found, 1e-3 * np.minimum(np.arange(1, 101) / 10, 1))
+
+
+def test_paths_may_hold_anything():
+    paths = {"store": "data/donor=3,b/cells store", "vocabulary": "v[1] {x} 'ü'", "out": "it's \\ out", "init": "1e3"}
+    cfg = settings.compose([f"{name}={path}" for name, path in paths.items()])
+    assert {name: cfg[name] for name in paths} == paths

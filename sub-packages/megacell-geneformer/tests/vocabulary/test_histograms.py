@@ -108,7 +108,7 @@ def test_the_least_and_the_largest_counts_there_are_have_buckets(made_up):
 
 @pytest.mark.parametrize("wrong", [-1, np.inf])
 def test_a_value_that_no_counts_have_is_refused(wrong, made_up):
-    with pytest.raises(DataError, match="megacell verify"):
+    with pytest.raises(DataError, match="a count that is negative, infinite or no number"):
         every_cell(made_up(np.array([[1, 2, 3], [5, wrong, 1]], np.float32)))
 
 
@@ -189,7 +189,7 @@ def empty_lists(table):
         (lambda folder: rewrite(folder, change=add_a_cell), "has changed since"),
         (lambda folder: rewrite(folder, lambda meta: {**meta, "allow_subset": True}), "has changed since"),
         (lambda folder: rewrite(folder, change=lambda table: table.drop_columns(["cells"])), "broken"),
-        (lambda folder: rewrite(folder, change=empty_lists), "as many counts as buckets"),
+        (lambda folder: rewrite(folder, change=empty_lists), "column buckets lacks values"),
         (lambda folder: rewrite(folder, change=lambda table: table[::-1]), "by ascending id"),
         (lambda folder: rewrite(folder, lambda meta: {**meta, "stores": [{}]}), "broken"),
         (lambda folder: (folder / NAME).write_bytes((folder / NAME).read_bytes()[:-9]), "broken"),

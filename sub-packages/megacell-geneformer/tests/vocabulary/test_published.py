@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetching the published dictionaries, from a server on this machine that breaks off, lies, or is not there."""
 
+import contextlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,6 +19,7 @@ class Server:
 
     def __init__(self):
         self.files, self.asked, self.break_after, self.ranges, self.status = {}, [], None, True, None
+        self.tell_length, self.sent = True, 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -43,12 +45,16 @@ class Server:
             request.send_error(416)
             return
         request.send_response(206 if first else 200)
-        request.send_header("Content-Length", str(len(content) - first))
+        if self.tell_length:
+            request.send_header("Content-Length", str(len(content) - first))
         request.end_headers()
         stop = len(content)
         if self.break_after is not None:
             stop, self.break_after = first + self.break_after, None
-        request.wfile.write(content[first:stop])
+        with contextlib.suppress(OSError):  # who asked may have heard enough
+            for at in range(first, stop, 1 << 20):
+                request.wfile.write(content[at : min(at + (1 << 20), stop)])
+                self.sent += 1 << 20
 
 
 @pytest.fixture
@@ -96,7 +102,7 @@ def test_a_server_that_knows_no_ranges_starts_anew(server, published):
 
 
 def test_a_finished_download_that_was_not_renamed_is_not_fetched_again(server, cache, published):
-    path, sha256 = PUBLISHED_FILES["geneformer-v2"]["tokens"]
+    path, sha256, _ = PUBLISHED_FILES["geneformer-v2"]["tokens"]
     name = path.rpartition("/")[2]
     (cache / "geneformer").mkdir(parents=True)
     (cache / "geneformer" / f"{sha256[:16]}-{name}.part").write_bytes(server.files[name])
@@ -116,6 +122,30 @@ def test_anything_but_the_published_file_is_refused_and_not_kept(content, server
     with pytest.raises(DataError, match="its SHA-256 is"):
         fetch_geneformer("geneformer-v2")
     assert not list((cache / "geneformer").iterdir())
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["a length that is too large", "no length"])
+def test_a_server_that_sends_more_than_the_file_has_is_not_listened_to(told, server, cache):
+    size = PUBLISHED_FILES["geneformer-v2"]["tokens"][2]
+    server.files["token_dictionary_gc104M.pkl"] = bytes(64 << 20)
+    server.tell_length = told
+    with pytest.raises(DataError, match=f"sends more than the {size:,} bytes of the published file"):
+        fetch_geneformer("geneformer-v2")
+    assert server.sent < 8 << 20
+    assert not list((cache / "geneformer").iterdir())
+
+
+def test_a_part_that_is_longer_than_the_file_is_fetched_anew(server, cache, published):
+    path, sha256, size = PUBLISHED_FILES["geneformer-v2"]["tokens"]
+    (cache / "geneformer").mkdir(parents=True)
+    (cache / "geneformer" / f"{sha256[:16]}-{path.rpartition('/')[2]}.part").write_bytes(bytes(size + 1))
+    assert fetch_geneformer("geneformer-v2").hash == published["V2"].hash
+
+
+def test_the_sizes_are_those_of_the_published_files(dictionaries):
+    for edition, paths in dictionaries.items():
+        for part, path in paths.items():
+            assert PUBLISHED_FILES[f"geneformer-{edition.lower()}"][part][2] == path.stat().st_size
 
 
 def test_a_refusing_server_is_named_with_its_answer(server):

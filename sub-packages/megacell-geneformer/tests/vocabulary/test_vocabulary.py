@@ -91,7 +91,7 @@ def make_newer(folder):
         (make_newer, "version 2 is newer"),
         (lambda folder: (folder / "aliases.parquet").unlink(), "aliases.parquet is missing"),
         (lambda folder: (folder / "vocabulary.json").write_text("{}"), "not a vocabulary"),
-        (lambda folder: (folder / "vocabulary.json").write_text("[]"), "broken vocabulary"),
+        (lambda folder: (folder / "vocabulary.json").write_text("[]"), "not a vocabulary"),
         (lambda folder: (folder / "vocabulary.json").write_text("nothing"), "broken vocabulary"),
     ],
     ids=["json altered", "median altered", "table cut off", "newer", "file missing", "empty", "a list", "no json"],

@@ -15,6 +15,7 @@ from megacell.core.errors import UsageError
 from megacell.training.family import find_family
 
 STEPS = 12
+PATH = "donor=3,b [c] (d) 'ü' e"  # a folder that may be called anything
 SETTINGS = (
     "pretrain", "family=toy", f"steps={STEPS}", "batch.cells=8", "log_every=1", "logger=csv", "optim.lr=0.01",
     "validation.every=6", "checkpoint.every=4", "checkpoint.keep=9", "parallel.sequence=false",
@@ -76,7 +77,7 @@ def test_two_data_parallel_ranks_compute_what_one_does(tmp_path):
 
 
 def test_killed_under_two_tensor_parallel_ranks_it_goes_on_to_the_same_bits(halves, tmp_path):
-    run = tmp_path / "run"
+    run = tmp_path / PATH
     layout = ("devices=2", "parallel.tensor=2")
     command = Command(*SETTINGS, *layout, "data.delay=0.5", f"out={run}")
     end = time.monotonic() + 200
@@ -100,7 +101,8 @@ def test_killed_under_two_tensor_parallel_ranks_it_goes_on_to_the_same_bits(halv
 
 
 def test_a_sweep_whose_runs_skip_a_spike(tmp_path):
-    out = tmp_path / "sweep"
+    out = tmp_path / "a, {b}" / PATH
+    out.parent.mkdir()
     fine(SETTINGS[0], "--multirun", *SETTINGS[1:], "guard.window=3", "data.spike_at=8", "seed=0,1", f"out={out}")
     for run in (out / "0", out / "1"):
         skipped = (run / "skipped.csv").read_text().splitlines()

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from megacell.core.errors import DataError
 from megacell.core.machine import where_and_when
 from megacell.training.config import settings
+from megacell.training.config.overrides import key_of
 
 ENDLESS = 1_000_000  # steps; a signal ends the run
 EVENNESS_STEPS = 20  # steps whose packs tell how many of the computed tokens are real
@@ -79,7 +80,7 @@ def bench_train(
     DataError
         All contenders failed.
     """
-    given = any(settings.key_of(override) == "batch.cells" for override in overrides)
+    given = any(key_of(override) == "batch.cells" for override in overrides)
     contenders: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="megacell-bench-") as folder:

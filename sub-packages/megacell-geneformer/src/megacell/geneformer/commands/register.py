@@ -112,6 +112,10 @@ def _register_evaluate(commands: Any) -> None:
         help="test: the cells that data.split.test kept from the run (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--allow-low-coverage", action="store_true", help="take a store of under 25 %% of the genes")
+    parser.add_argument(
+        "--same-choice", action="store_true",
+        help="choose cells of another store, too, by the data.where and data.exclude of the model's run",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.set_defaults(run=_evaluate)
 
@@ -122,7 +126,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     result = evaluate(
         args.model, args.store, by=args.by, cells=args.cells, side=args.split,
-        allow_low_coverage=args.allow_low_coverage,
+        allow_low_coverage=args.allow_low_coverage, same_choice=args.same_choice,
     )  # fmt: skip
     print(result.to_json() if args.json else result.table())
     return 0

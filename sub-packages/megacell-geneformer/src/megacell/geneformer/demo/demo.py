@@ -116,13 +116,11 @@ def _last_step(run: Path) -> int:
 
 
 def _share_done(run: Path) -> float:
-    from omegaconf import OmegaConf
-
-    from megacell.training.config.settings import SAVED
+    from megacell.training.config.settings import read_saved
 
     if not (step := _last_step(run)):
         return 0.0
-    return step / OmegaConf.load(run / SAVED).steps
+    return step / int(read_saved(run)["steps"])
 
 
 def write_pbmc(folder: Path, label: str) -> Path:

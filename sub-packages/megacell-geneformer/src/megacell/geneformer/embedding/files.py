@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megacell.core import lock
 from megacell.core.errors import DataError, UsageError
-from megacell.core.files import TEMPORARY, flush_file, move_into_place
+from megacell.core.files import TEMPORARY, flush_file, move_into_place, remove_tree
 from megacell.core.progress import Progress
 from megacell.geneformer.embedding.embedder import Embedder
 from megacell.geneformer.embedding.inputs import ROWS_AT_ONCE, CellInput, open_input
 from megacell.geneformer.vocabulary.vocabulary import check_coverage, refuse_existing
 from megacell.store.conversion.options import State
+from megacell.store.sources.anndata_file import open_h5, refuse_stored_elsewhere
 from megacell.training.distributed import device, launch
 
 KEY = "X_megacell"  # in obsm
@@ -79,6 +83,8 @@ def embed_file(
     if not data.exists():
         raise UsageError(f"{data}: no such file or folder")
     with open_input(data, counts, gene_ids, allow_subset=allow_subset) as cells:
+        if _is_copied(out, data):
+            _check_copy(data, data)
         device.use_local()
         model = open_model(model_path)
         covered = check_coverage(cells.gene_ids, cells.symbols, model.vocabulary, str(data), allow=allow_low_coverage)
@@ -93,16 +99,53 @@ def embed_file(
             "coverage": covered,
         }
         request = {**facts, "states": [_state(model_path), _state(data)], "counts": counts, "gene_ids": gene_ids}
-        work = Unfinished.open(out, json.dumps(request, sort_keys=True), len(cells), embedder.width)
-        lines = [f"going on: {there:,} of {len(cells):,} cells were there"] if (there := work.there()) else []
-        _compute(work, embedder, cells)
-        if not launch.is_first():
-            return []
-        work.wait()
-        _write(out, data, cells.obs, work, facts)
-    lines += _lines(out, work, covered)
-    work.remove()
-    return lines
+        with _only_one(out):
+            work = Unfinished.open(out, json.dumps(request, sort_keys=True), len(cells), embedder.width)
+            lines = [f"going on: {there:,} of {len(cells):,} cells were there"] if (there := work.there()) else []
+            _compute(work, embedder, cells)
+            if not launch.is_first():
+                return []
+            work.wait()
+            _write(out, data, cells.obs, work, facts)
+            lines += _lines(out, work, covered)
+            work.remove()
+            return lines
+
+
+@contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Hold the output's lock, on the first rank for all; DataError if another process is writing it."""
+    if not launch.is_first():
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock.held(lock.beside(out), f"{out}: another process is writing it"):
+        refuse_existing(out)  # again: the other one may have ended between
+        yield
+
+
+def _is_copied(out: Path, data: Path) -> bool:
+    """True if the output is a copy of the input with our keys added."""
+    return out.suffix == ".h5ad" and data.suffix == ".h5ad"
+
+
+def _check_copy(path: Path, data: Path) -> None:
+    """Raise for what would have HDF5 read or write other files when our keys are added to a copy.
+
+    Parameters
+    ----------
+    path : Path
+        The input, or its copy.
+    data : Path
+        The input, for messages.
+    """
+    import h5py
+
+    with open_h5(path) as file:
+        refuse_stored_elsewhere(file, data, ("obs", "obsm", "uns"))
+        for name in ("obsm", "uns"):
+            if name in file and not isinstance(file[name], h5py.Group):
+                raise DataError(f"{data}: {name} is no group, so nothing can be added to it; write the file anew")
 
 
 def _state(path: Path) -> list[int]:
@@ -123,8 +166,8 @@ class Unfinished:
         """Go on with the work of the same request, or begin; ranks but the first wait until it has begun."""
         folder = out.with_name(f".{out.name}{PARTIAL}")
         if launch.is_first():
-            if not _is(folder, request):
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_symlink() or not _is(folder, request):
+                remove_tree(folder.parent, folder.name)
                 _begin(folder, request, cells, width)
         else:
             while not _is(folder, request):
@@ -148,7 +191,7 @@ class Unfinished:
 
     def remove(self) -> None:
         """Take the folder away."""
-        shutil.rmtree(self.folder)
+        remove_tree(self.folder.parent, self.folder.name)
 
 
 def _is(folder: Path, request: str) -> bool:
@@ -161,8 +204,8 @@ def _is(folder: Path, request: str) -> bool:
 def _begin(folder: Path, request: str, cells: int, width: int) -> None:
     """Make the folder of unfinished work, with room for all of it on the disk."""
     temporary = folder.with_name(folder.name + TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    remove_tree(temporary.parent, temporary.name)
+    temporary.mkdir()
     try:
         path = temporary / "embeddings.npy"
         np.lib.format.open_memmap(path, mode="w+", dtype="<f4", shape=(cells, width))
@@ -172,7 +215,8 @@ def _begin(folder: Path, request: str, cells: int, width: int) -> None:
         (temporary / "request.json").write_text(request)
         move_into_place(temporary, folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            remove_tree(temporary.parent, temporary.name)
         raise DataError(f"{folder}: {error.strerror or error}; see to room and rights") from error
 
 
@@ -207,9 +251,10 @@ def empty_cells(number: int) -> str:
 
 
 def _write(out: Path, data: Path, obs: pd.DataFrame, work: Unfinished, facts: dict) -> None:
-    """Write beside ``out``, then rename."""
-    temporary = out.with_name(out.name + TEMPORARY)
+    """Write in the folder of unfinished work, from which a killed one is swept, then rename."""
+    temporary = work.folder / out.name
     try:
+        remove_tree(work.folder, out.name)
         _make_room(temporary, work.embeddings.nbytes + work.n_tokens.nbytes)
         if out.suffix == ".npy":
             with open(temporary, "wb") as file:
@@ -257,12 +302,13 @@ def _write_h5ad(path: Path, data: Path, obs: pd.DataFrame, work: Unfinished, fac
 
     embeddings, n_tokens = np.asarray(work.embeddings), np.asarray(work.n_tokens)  # no copies: views of the maps
     added = 2 * embeddings.nbytes + n_tokens.nbytes + int(obs.memory_usage(deep=True).sum()) + HDF5_OVERHEAD
-    if data.suffix != ".h5ad":
+    if not _is_copied(path, data):
         _make_room(path, added)
         adata = ad.AnnData(obs=obs.assign(**{COUNT: n_tokens}), obsm={KEY: embeddings}, uns={"megacell": facts})
         adata.write_h5ad(path)
         return
     shutil.copyfile(data, path)
+    _check_copy(path, data)  # again: the input may have changed since
     _make_room(path, added)
     with h5py.File(path, "r+") as file:
         for group in ("obsm", "uns"):

@@ -90,6 +90,7 @@ def evaluate(
     cells: int = 2000,
     side: str = SIDES[0],
     allow_low_coverage: bool = False,
+    same_choice: bool = False,
 ) -> Evaluation:
     """Evaluate a model on the held-out cells of a store, or of a tokenised corpus.
 
@@ -110,6 +111,8 @@ def evaluate(
         "validation", or "test" for the cells that the model's run kept for it.
     allow_low_coverage : bool
         Take a store that measures under 25 % of the vocabulary's genes.
+    same_choice : bool
+        Apply to another store, too, what the model's run chose its cells by (``data.where``, ``data.exclude``).
 
     Raises
     ------
@@ -121,7 +124,7 @@ def evaluate(
     if cells < 1:
         raise UsageError(f"--cells {cells}: give at least 1")
     model = open_model(model_path)
-    store, choice, words = _open(store_path, model)
+    store, choice, words = _open(store_path, model, same_choice)
     if by is not None and by not in store.obs_columns:
         raise UsageError(f"--by {by}: {store_path} has no such column; it has {', '.join(store.obs_columns)}")
     coverage_line(store, model.vocabulary, allow=allow_low_coverage)
@@ -146,8 +149,12 @@ def evaluate(
     return Evaluation(line, len(train), [_row(group, losses, chosen) for group, chosen in groups.items()])
 
 
-def _open(path: Path, model: "GeneformerModel") -> tuple[Any, dict[str, Any], str]:
-    """Open cells: those of the model's run as it saw them, with its choice among them, or others; say so in words."""
+def _open(path: Path, model: "GeneformerModel", same_choice: bool) -> tuple[Any, dict[str, Any], str]:
+    """Open cells: those of the model's run as it saw them, with its choice among them, or others; say so in words.
+
+    A model says itself what its choice was, and it may come from anybody: on cells that are not its own it is applied
+    only where that was asked for.
+    """
     provenance = model.cfg.provenance
 
     def opened(path: str | Path, generation: int | None = None) -> Any:
@@ -156,15 +163,17 @@ def _open(path: Path, model: "GeneformerModel") -> tuple[Any, dict[str, Any], st
     if "data" not in provenance:
         words = "; the model does not tell which cells it was trained on: these may be among them"
         return opened(path), {}, words
+    choice = {name: value for name, value in provenance.data.get("choice", {}).items() if value}
+    words = "; the model does not tell which store it was trained on"
     if "store" in provenance:
         try:
             store, grown = open_recorded(path, provenance.store, opened)
+            return store, choice, f"; as of generation {store.generation}, before the store grew" if grown else ""
         except DataError:
-            return opened(path), {}, "; not the cells of the model's own run"
-        words = f"; as of generation {store.generation}, before the store grew" if grown else ""
-    else:
-        store, words = opened(path), ""
-    return store, provenance.data.get("choice", {}), words
+            words = "; not the cells of the model's own run"
+    if choice and not same_choice:
+        return opened(path), {}, f"{words}: the choice of cells of that run is not applied (--same-choice applies it)"
+    return opened(path), choice, f"{words}, chosen as there" if choice else words
 
 
 def _data_of(model: "GeneformerModel") -> DictConfig:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weights in a Hugging Face directory, one tensor at a time, by the names that they have there."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,10 +8,12 @@ import torch
 from safetensors import safe_open
 
 from megacell.core.errors import DataError
+from megacell.training.foreign.plain import read_json
 from megacell.training.interchange.safe_archive import BROKEN, load_tensors, one_line
 from megacell.training.interchange.tensors import State
 
 WEIGHTS = "model.safetensors"
+LARGEST_INDEX = 1 << 26  # bytes
 
 
 def find_tensors(path: Path) -> State:
@@ -25,8 +26,8 @@ def find_tensors(path: Path) -> State:
     """
     try:
         if (index := path / f"{WEIGHTS}.index.json").is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
+            names = sorted(set(read_json(index, LARGEST_INDEX)["weight_map"].values()))
+            if any(Path(name).name != name or name in ("", "..") for name in names):
                 raise ValueError(f"{index.name} names files outside of the folder")
             return _Mapped(path, names)
         if (path / WEIGHTS).is_file():

@@ -16,13 +16,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from megacell.core import lock
 from megacell.core.errors import DataError, UsageError
-from megacell.core.files import flush_file, move_into_place
+from megacell.core.files import TEMPORARY, flush_file, move_into_place
 from megacell.geneformer.interchange.directory_tensors import WEIGHTS, find_tensors
 from megacell.geneformer.interchange.model_card import model_card
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.model.initial_weights import PADDING_BIAS
+from megacell.geneformer.model.provenance import plain_name
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary, refuse_existing
+from megacell.training.foreign.plain import read_json, shown
 from megacell.training.interchange.tensors import Shapes, State, Weights, check_tensors
 
 if TYPE_CHECKING:  # it brings NeMo with it
@@ -150,7 +153,7 @@ def read_sizes(path: Path) -> ModelConfig:
     """
     file = path / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read ({error}); give a directory that save_pretrained wrote") from None
     if not isinstance(config, dict):
@@ -159,7 +162,8 @@ def read_sizes(path: Path) -> ModelConfig:
     norm = next((norm for norm, name in ARCHITECTURES.items() if names == [name]), None)
     if norm is None:
         known = ", ".join(ARCHITECTURES.values())
-        raise DataError(f"{file}: architecture {names}, where one of {known} is read; give the pretrained model")
+        told = ", ".join(map(shown, names[:3])) if isinstance(names, list) else shown(names)
+        raise DataError(f"{file}: architecture {told}, where one of {known} is read; give the pretrained model")
     wrong = {
         "position_embedding_type": config.get("position_embedding_type", "absolute") != "absolute",
         "is_decoder": config.get("is_decoder", False),
@@ -169,7 +173,8 @@ def read_sizes(path: Path) -> ModelConfig:
     }
     for name, found in wrong.items():
         if found:
-            raise DataError(f"{file}: {name} is {config.get(name)}, which has no counterpart here; it cannot be read")
+            told = shown(config.get(name))
+            raise DataError(f"{file}: {name} is {told}, which has no counterpart here; it cannot be read")
     if missing := sorted(set(SIZES) - set(config)):
         raise DataError(f"{file}: says nothing of {', '.join(missing)}; give a directory that save_pretrained wrote")
     values = {ours: config[theirs] for theirs, ours in SIZES.items()}
@@ -211,7 +216,8 @@ def read_directory(path: Path, vocabulary: Vocabulary | None = None) -> tuple[di
         )
     state = find_tensors(path)
     _check(path, state, network)
-    provenance = {"step": 0, "made": "imported", "from": path.resolve().name, "format": ARCHITECTURES[network.norm]}
+    name = plain_name(path.resolve().name)
+    provenance = {"step": 0, "made": "imported", "from": name, "format": ARCHITECTURES[network.norm]}
     cfg = {"network": network.to_dict(), "precision": "fp32", "vocabulary": vocabulary.hash, "provenance": provenance}
     return cfg, to_ours(state, network), vocabulary
 
@@ -286,17 +292,26 @@ def save(model: "GeneformerModel", out: Path, figures: dict[str, Any] | None = N
     UsageError
         ``out`` exists.
     DataError
-        It cannot be written; or no class of ``transformers`` computes what the model does.
+        It cannot be written, or another process is writing it; or no class of ``transformers`` computes what the model
+        does.
     """
-    from megacell.geneformer.vocabulary.geneformer_dictionaries import write_dictionaries
-
     refuse_existing(out)
-    network, work = model.sizes, out.with_name(f".{out.name}.tmp")
-    if network.activation not in ACTIVATIONS:
+    if model.sizes.activation not in ACTIVATIONS:
         raise DataError(
             f"{out}: the model has GELU by tanh in its feed-forward layers and the exact one in its head, which no "
             "class of transformers has; export it --to nemo"
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock.held(lock.beside(out), f"{out}: another process is writing it"):
+        refuse_existing(out)  # again: the other one may have ended between
+        _write(model, out, figures or {})
+
+
+def _write(model: "GeneformerModel", out: Path, figures: dict[str, Any]) -> None:
+    """Write the directory beside its place, and give it its name."""
+    from megacell.geneformer.vocabulary.geneformer_dictionaries import write_dictionaries
+
+    network, work = model.sizes, out.with_name(f".{out.name}{TEMPORARY}")
     state = {name.removeprefix("bert."): tensor for name, tensor in model.weights().items()}
     try:
         shutil.rmtree(work, ignore_errors=True)
@@ -307,7 +322,7 @@ def save(model: "GeneformerModel", out: Path, figures: dict[str, Any] | None = N
         save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
         model.vocabulary.save(work / VOCABULARY)
         write_dictionaries(model.vocabulary, work)
-        (work / "README.md").write_text(model_card(model, ARCHITECTURES[network.norm], figures or {}))
+        (work / "README.md").write_text(model_card(model, ARCHITECTURES[network.norm], figures))
         for file in work.rglob("*"):
             if file.is_file():
                 flush_file(file)

@@ -14,10 +14,12 @@ import torch
 from megacell.core.errors import DataError, UsageError
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.model.initial_weights import PADDING_BIAS
+from megacell.geneformer.model.provenance import plain_name
 from megacell.geneformer.model.tensor_shapes import BIAS, POSITIONS, WORDS, shapes_of
 from megacell.geneformer.vocabulary.bionemo_dictionaries import make_vocabulary, read_tokens
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
-from megacell.training.interchange.safe_archive import Archive
+from megacell.training.foreign.plain import check_shape, shown
+from megacell.training.interchange.safe_archive import MOST_MEMBERS, Archive
 from megacell.training.interchange.tensors import Weights, check_tensors
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -39,6 +41,14 @@ CUT = {  # along which dimension tensor parallel ranks shared a tensor out
     1: ("linear_proj.weight", "linear_fc2.weight"),
 }  # fmt: skip
 UNUSED = ("pooler.", "binary_head.", "output_layer.weight")  # the decoder is the embedding
+SIZES = {  # what is computed with of their configuration, and its types
+    "num_layers": int,
+    "hidden_size": int,
+    **dict.fromkeys(
+        ("num_attention_heads?", "ffn_hidden_size?", "kv_channels?", "max_position_embeddings?",
+         "tensor_model_parallel_size?", "make_vocab_size_divisible_by?"), int | None,
+    ),
+}  # fmt: skip
 TYPES = "embedding.tokentype_embeddings.weight"
 PADDED_TO = 128  # rows of the embedding, a tensor parallel rank
 Tensors = dict[str, torch.Tensor]
@@ -78,11 +88,15 @@ def read(
     DataError, UsageError
         Another kind of network, damaged, or another vocabulary.
     """
+    try:
+        check_shape(cfg, SIZES)
+    except ValueError as error:
+        raise DataError(f"{path}: its {CONFIG} cannot be read: {error}") from None
     vocabulary = _vocabulary(archive, path, given)
     network = _sizes(cfg, path, vocabulary)
     state = _join(_parts(archive, cfg, path), path)
     _check(state, network, cfg, path)
-    provenance = {"step": 0, "made": "imported", "from": path.name, "format": "NeMo 1 Megatron BERT"}
+    provenance = {"step": 0, "made": "imported", "from": plain_name(path.name), "format": "NeMo 1 Megatron BERT"}
     made = {"network": network.to_dict(), "precision": "fp32", "vocabulary": vocabulary.hash, "provenance": provenance}
     return made, _to_ours(state, network), vocabulary
 
@@ -123,7 +137,7 @@ def _sizes(cfg: dict[str, Any], path: Path, vocabulary: Vocabulary) -> ModelConf
     }
     for option, (default, value) in wanted.items():
         if (found := cfg.get(option, default)) != value:
-            raise DataError(f"{path}: {option} is {found}, where a Geneformer has {value}; it cannot be read")
+            raise DataError(f"{path}: {option} is {shown(found)}, where a Geneformer has {value}; it cannot be read")
     if (channels := cfg.get("kv_channels")) and heads and channels * heads != hidden:
         raise DataError(f"{path}: kv_channels is {channels}, not hidden_size / num_attention_heads; it cannot be read")
     fused = cfg.get("bias_activation_fusion" if on_core else "bias_gelu_fusion", True)
@@ -148,13 +162,21 @@ def _parts(archive: Archive, cfg: dict[str, Any], path: Path) -> list[Tensors]:
     ranks = [RANK.fullmatch(name.partition("/")[0]) for name in files if "/" in name]
     numbers = [int(rank[1]) for rank in ranks if rank]
     split = bool(numbers) and len(numbers) == len(files)
-    tensor = int(cfg.get("tensor_model_parallel_size") or 1)
+    tensor = _ranks(cfg, path)
     if any(rank is None or int(rank[2] or 0) for rank in ranks) or (
         numbers != list(range(tensor)) if split else files != [WEIGHTS]
     ):
         held = ", ".join(files[:4]) or "no weights"
         raise DataError(f"{path}: holds {held}, where {tensor} tensor parallel rank(s) should be; give the whole model")
     return [{_rename(name): tensor for name, tensor in archive.tensors(file).items()} for file in files]
+
+
+def _ranks(cfg: dict[str, Any], path: Path) -> int:
+    """Return how many tensor parallel ranks shared the weights out; DataError for more than files in an archive."""
+    ranks: int = cfg.get("tensor_model_parallel_size") or 1
+    if not 1 <= ranks <= MOST_MEMBERS:
+        raise DataError(f"{path}: its {CONFIG} tells of {ranks:,} tensor parallel ranks; it cannot be read")
+    return ranks
 
 
 def _rename(name: str) -> str:
@@ -181,8 +203,7 @@ def _join(parts: list[Tensors], path: Path) -> Tensors:
 
 def _check(state: Tensors, network: ModelConfig, cfg: dict[str, Any], path: Path) -> None:
     """Refuse tensors that are not the network's; its vocabulary is padded otherwise than ours."""
-    ranks = int(cfg.get("tensor_model_parallel_size") or 1)
-    multiple = int(cfg.get("make_vocab_size_divisible_by") or PADDED_TO) * ranks
+    multiple = max(1, cfg.get("make_vocab_size_divisible_by") or PADDED_TO) * _ranks(cfg, path)
     shapes = shapes_of(network, -(-network.vocabulary_size // multiple) * multiple)
     if TYPES in state:
         shapes[TYPES] = (2, network.hidden)

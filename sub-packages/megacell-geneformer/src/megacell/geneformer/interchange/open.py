@@ -8,14 +8,16 @@ from omegaconf import OmegaConf
 from megacell.core.errors import DataError
 from megacell.geneformer.interchange.hugging_face import VOCABULARY, read_directory, read_sizes
 from megacell.geneformer.interchange.nemo import read_archive
+from megacell.geneformer.model.archive import read_own_config
 from megacell.geneformer.model.bert import PackedBert
 from megacell.geneformer.model.config import ModelConfig
-from megacell.geneformer.model.geneformer_model import GeneformerArchive, GeneformerModel
+from megacell.geneformer.model.geneformer_model import GeneformerModel
+from megacell.geneformer.model.provenance import TOLD, check_facts
+from megacell.geneformer.model.tensor_shapes import check_stored
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.training.checkpoint import checkpoint
 from megacell.training.checkpoint.find import find_checkpoint
 from megacell.training.distributed import device
-from megacell.training.interchange.nemo import read_config
 from megacell.training.interchange.tensors import Weights
 from megacell.training.nn.weights import copy_whole
 
@@ -51,19 +53,20 @@ def open_model(path: Path, vocabulary: Vocabulary | None = None) -> GeneformerMo
 
 
 def _built(cfg: dict, weights: Weights, vocabulary: Vocabulary) -> GeneformerModel:
-    """Return the network that a configuration describes, filled with whole weights."""
-    model = GeneformerModel(OmegaConf.create(cfg))
-    with device.single_process():
-        copy_whole(model.bert, weights)
-    model.vocabulary = vocabulary
-    return model.to(device.device()).eval()
+    """Return the network that a configuration describes, filled with whole weights, in evaluation mode."""
+    return GeneformerModel.filled(cfg, weights, vocabulary).to(device.device()).eval()
 
 
 def _of_checkpoint(folder: Path) -> GeneformerModel:
     facts = checkpoint.read_facts(folder)
+    network = check_facts(facts, str(folder))
     vocabulary = Vocabulary.open(folder.parent.parent / "vocabulary")
     _check_vocabulary(folder, facts["vocabulary"], vocabulary)
-    provenance = {k: facts[k] for k in ("step", "store", "data", "versions")}
+    if vocabulary.size != network.vocabulary_size:
+        told = f"{network.vocabulary_size:,} tokens, its vocabulary {vocabulary.size:,}"
+        raise DataError(f"{folder}: says that its network has {told}; take another checkpoint")
+    check_stored(network, folder)
+    provenance = {name: facts[name] for name in TOLD}
     cfg = {"network": facts["network"], "precision": facts["precision"], "vocabulary": vocabulary.hash,
            "provenance": provenance}  # fmt: skip
     model = GeneformerModel(OmegaConf.create(cfg))
@@ -81,23 +84,23 @@ def check_fit(network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:
     UsageError, DataError
         If there is no such model, or it is of other sizes or another vocabulary.
     """
-    theirs = _facts(path, vocabulary)
-    _check_vocabulary(path, theirs["vocabulary"], vocabulary)
-    free = ("hidden_dropout", "attention_dropout", "init_std", "scaled_init")  # may change when training goes on
-    differ = [k for k, v in network.to_dict().items() if k not in free and theirs["network"].get(k) != v]
-    if differ:
+    theirs, written = _facts(path, vocabulary)
+    _check_vocabulary(path, written, vocabulary)
+    if differ := network.differing(theirs):
         raise DataError(f"{path}: its {', '.join(differ)} differ from the model to be filled: give the same model=")
 
 
-def _facts(path: Path, vocabulary: Vocabulary) -> dict:
-    """Return what a model says of its ``network`` and ``vocabulary``; a bare Hugging Face one has only sizes."""
+def _facts(path: Path, vocabulary: Vocabulary) -> tuple[ModelConfig, str]:
+    """Return what a model says of its network and vocabulary; a bare Hugging Face one has only sizes."""
     if path.is_file():
-        return read_config(path, GeneformerArchive.parts)
+        cfg = read_own_config(path)
+        return ModelConfig.of(cfg["network"]), cfg["vocabulary"]
     if not is_hugging_face(path):
-        return checkpoint.read_facts(find_checkpoint(path))
+        folder = find_checkpoint(path)
+        facts = checkpoint.read_facts(folder)
+        return check_facts(facts, str(folder)), facts["vocabulary"]
     sizes, own = read_sizes(path), path / VOCABULARY
-    known = Vocabulary.open(own) if own.is_dir() else vocabulary
-    return {"network": sizes.to_dict(), "vocabulary": known.hash}
+    return sizes, (Vocabulary.open(own) if own.is_dir() else vocabulary).hash
 
 
 def load_into(bert: PackedBert, network: ModelConfig, vocabulary: Vocabulary, path: Path) -> None:

@@ -1,15 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a Geneformer network is made of, and its translation into Megatron-core's configuration."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megacell.core.errors import UsageError
+from megacell.geneformer.vocabulary.vocabulary import MOST_TOKENS
+from megacell.training.foreign.plain import shown
 from megacell.training.nn.layout import Layout
 
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are padded to it, whatever the tensor parallel size
 NORMS = ("pre", "post")
 ACTIVATIONS = ("gelu", "relu", "gelu_tanh")
+FREE = ("hidden_dropout", "attention_dropout", "init_std", "scaled_init")  # may change when training goes on
+LARGEST = {  # sizes beyond any model's: what a file from anybody says is looked at before anything is made
+    "layers": 1000,
+    "hidden": 1 << 16,
+    "ffn": 1 << 18,
+    "heads": 1 << 12,
+    "max_length": 1 << 20,
+    "vocabulary_size": MOST_TOKENS,
+}
 
 
 @dataclass(frozen=True)
@@ -61,18 +74,19 @@ class ModelConfig:
     scaled_init: bool
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "ffn", "heads", "max_length", "vocabulary_size"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise UsageError(f"model.{name}={value}: must be a whole number of at least 1")
+        for name, most in LARGEST.items():
+            if type(value := getattr(self, name)) is not int or not 1 <= value <= most:
+                raise UsageError(f"model.{name}={shown(value)}: must be a whole number from 1 to {most:,}")
         for name in ("hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_std"):
-            if not isinstance(value := getattr(self, name), int | float):
-                raise UsageError(f"model.{name}={value}: must be a number")
+            if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < math.inf:
+                raise UsageError(f"model.{name}={shown(value)}: must be a number of at least 0")
         for name, choices in (("norm", NORMS), ("activation", ACTIVATIONS)):
             if (value := getattr(self, name)) not in choices:
-                raise UsageError(f"model.{name}={value}: choose one of {', '.join(choices)}")
+                text = value[:80] if isinstance(value, str) else shown(value)
+                raise UsageError(f"model.{name}={text}: choose one of {', '.join(choices)}")
         for name in ("tied_head", "scaled_init"):
             if not isinstance(value := getattr(self, name), bool):
-                raise UsageError(f"model.{name}={value}: must be true or false")
+                raise UsageError(f"model.{name}={shown(value)}: must be true or false")
         if self.hidden % self.heads:
             raise UsageError(f"model.hidden={self.hidden} does not divide into model.heads={self.heads}: change one")
         if not 0 <= self.hidden_dropout < 1 or not 0 <= self.attention_dropout < 1:
@@ -82,8 +96,10 @@ class ModelConfig:
     def of(cls, values: dict[str, Any]) -> "ModelConfig":
         """Make one from a mapping, and refuse what is missing or unknown by name."""
         known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UsageError(f"model: unknown option(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if not isinstance(values, Mapping):
+            raise UsageError(f"model: is {shown(values)}, where options are expected")
+        if unknown := [shown(name) for name in values if name not in known]:
+            raise UsageError(f"model: unknown option(s) {', '.join(unknown[:5])}; known are {', '.join(sorted(known))}")
         if missing := sorted(known - set(values)):
             raise UsageError(f"model: option(s) not given: {', '.join(missing)}")
         return cls(**values)
@@ -91,6 +107,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for YAML and JSON."""
         return asdict(self)
+
+    def differing(self, other: "ModelConfig") -> list[str]:
+        """Return the names of the options by which weights of one do not fit the other."""
+        theirs = other.to_dict()
+        return [name for name, value in self.to_dict().items() if name not in FREE and theirs[name] != value]
 
     @property
     def padded_vocabulary(self) -> int:

@@ -7,32 +7,22 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from nemo.core import ModelPT
-from nemo.utils.app_state import AppState
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from megacell.core.errors import UsageError
+from megacell.geneformer.model.archive import GeneformerArchive, read_own
 from megacell.geneformer.model.bert import PackedBert
 from megacell.geneformer.model.config import ModelConfig
 from megacell.geneformer.model.tensor_shapes import shapes_of
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.training.distributed import device
-from megacell.training.interchange.nemo import WEIGHTS, NemoArchive
-from megacell.training.interchange.tensors import check_tensors
+from megacell.training.interchange.nemo import config_of
+from megacell.training.interchange.safe_archive import open_archive
+from megacell.training.interchange.tensors import Weights, check_tensors
 from megacell.training.nn.layout import Layout
 from megacell.training.nn.weights import copy_whole
 
-VOCABULARY = "vocabulary"  # folder of an archive
 TARGET = "nemo.core.classes.modelPT.ModelPT"  # NeMo 3 refuses a .nemo whose target lies outside its own packages
-
-
-class GeneformerArchive(NemoArchive):
-    """A .nemo file with the vocabulary inside."""
-
-    parts = (WEIGHTS, VOCABULARY)
-
-    def save_parts(self, model: "GeneformerModel", folder: Path) -> None:
-        """Write the vocabulary."""
-        model.vocabulary.save(folder / VOCABULARY)
 
 
 class GeneformerModel(ModelPT):
@@ -43,7 +33,7 @@ class GeneformerModel(ModelPT):
     cfg : DictConfig
         ``network`` (the sizes of ``ModelConfig``), ``precision``.
     trainer : lightning.pytorch.Trainer, optional
-        NeMo hands one over when it restores; it has no use here.
+        For NeMo's `ModelPT`; it has no use here.
 
     Attributes
     ----------
@@ -58,8 +48,6 @@ class GeneformerModel(ModelPT):
     def __init__(self, cfg: DictConfig, trainer: Any = None):
         super().__init__(DictConfig({**dict(cfg), "target": TARGET}), trainer)
         self.sizes = ModelConfig.of(dict(cfg.network))
-        if self._is_model_being_restored():
-            self.vocabulary = Vocabulary.open(Path(AppState().nemo_file_folder) / VOCABULARY)
         with device.single_process():
             tensor = parallel_state.get_tensor_model_parallel_world_size()
             self.bert = PackedBert(self.sizes, Layout(tensor=tensor, precision=self.cfg.precision))
@@ -87,16 +75,50 @@ class GeneformerModel(ModelPT):
         super().save_to(save_path)
 
     @classmethod
-    def restore_from(cls, restore_path: str, *args, save_restore_connector=None, **kwargs) -> "GeneformerModel":
-        """Restore a .nemo file, as NeMo's ``ModelPT.restore_from``, with its vocabulary.
-
-        Where Megatron's tensor parallel groups stand each rank gets its part, else this one process gets it whole.
-        """
-        GeneformerArchive.check(Path(restore_path))
+    def filled(cls, cfg: dict[str, Any], weights: Weights, vocabulary: Vocabulary, trainer: Any = None):
+        """Return the network that a configuration describes, filled with whole weights, or of them this rank's part."""
+        model = cls(OmegaConf.create(cfg), trainer)
         with device.single_process():
-            return super().restore_from(
-                restore_path, *args, save_restore_connector=save_restore_connector or GeneformerArchive(), **kwargs
-            )
+            copy_whole(model.bert, weights)
+        model.vocabulary = vocabulary
+        return model
+
+    @classmethod
+    def restore_from(
+        cls, restore_path: str, override_config_path=None, map_location=None, strict: bool = True,
+        return_config: bool = False, save_restore_connector=None, trainer: Any = None, **_: Any,
+    ):  # fmt: skip
+        """Restore a .nemo file of Megacell's, as NeMo's ``ModelPT.restore_from``, with its vocabulary.
+
+        It is read as by `open_model`, with all its checks, before a network is built. Where Megatron's tensor parallel
+        groups stand each rank gets its part, else this one process gets it whole.
+
+        Parameters
+        ----------
+        restore_path : str
+        map_location : torch.device, optional
+            The GPU where there is one by default.
+        return_config : bool, default False
+            Return the configuration only.
+        trainer : lightning.pytorch.Trainer, optional
+        override_config_path, save_restore_connector, strict
+            NeMo's; a Geneformer is read with its own configuration, all of it.
+
+        Raises
+        ------
+        UsageError
+            Another configuration, or another way of reading.
+        DataError
+            As `open_model`.
+        """
+        if override_config_path is not None or save_restore_connector is not None:
+            raise UsageError("restore_from: leave override_config_path and save_restore_connector out")
+        path = Path(restore_path)
+        with open_archive(path) as archive:
+            cfg, weights, vocabulary = read_own(archive, config_of(archive, path), path)
+        if return_config:
+            return OmegaConf.create(cfg)
+        return cls.filled(cfg, iter(weights.items()), vocabulary, trainer).to(map_location or device.device())
 
     def configure_optimizers(self) -> None:
         """Nothing here: `megacell.training` trains."""

@@ -17,6 +17,7 @@ from megacell.geneformer.baselines.frequency import TokenFrequency, frequency_lo
 from megacell.geneformer.interchange.open import check_fit, load_into
 from megacell.geneformer.model.bert import Pack, PackedBert
 from megacell.geneformer.model.initial_weights import initialise
+from megacell.geneformer.model.provenance import check_facts
 from megacell.geneformer.pretraining import settings
 from megacell.geneformer.pretraining.data import TrainingData, choice
 from megacell.geneformer.pretraining.frequency_baselines import fit_frequencies, frequency_losses, save_frequencies
@@ -43,8 +44,11 @@ class GeneformerRun:
 
     def __init__(self, cfg: DictConfig, facts: Mapping[str, Any] | None):
         self.cfg = cfg
+        theirs = check_facts(facts, str(cfg.out)) if facts else None
         self.data = TrainingData.open(cfg, facts["store"] if facts else None)
         self.network = settings.model_config(cfg, self.data.vocabulary.size)
+        if theirs is not None and (differ := self.network.differing(theirs)):
+            raise DataError(f"{cfg.out}: the {', '.join(differ)} of config.yaml are not those of its checkpoint")
         self._init = Path(cfg.init) if cfg.init and not cfg.resume else None
         if self._init:
             check_fit(self.network, self.data.vocabulary, self._init)  # before a run folder is made

@@ -28,6 +28,11 @@ def _check_data(data: DictConfig) -> None:
         raise UsageError(f"data.order={data.order}: choose one of {', '.join(ORDERS)}")
     if data.balance is not None and data.order != "shuffled":
         raise UsageError(f"data.balance={data.balance}: draws cells one by one; leave data.order={data.order} out")
+    for name in ("where", "balance"):
+        if not isinstance(data[name], str | None):
+            raise UsageError(f"data.{name}: must be a text, or null")
+    if not isinstance(data.split.by, str | None):
+        raise UsageError("data.split.by: must be a text, or null")
     if data.exclude is not None:
         if not isinstance(data.exclude, DictConfig):
             raise UsageError(

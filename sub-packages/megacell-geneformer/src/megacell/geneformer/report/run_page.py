@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from megacell.core.errors import DataError, UsageError
 from megacell.core.files import write_whole
 from megacell.core.report.charts import Axes, Line, histogram, lines

@@ -13,6 +13,7 @@ from megacell.core.report.page import Page
 from megacell.store import CellStore
 from megacell.store.sampling.order import some_of
 from megacell.store.sampling.split import Split
+from megacell.store.sources.anndata_file import open_h5
 
 MOST_CELLS = 4000
 FEWEST_CELLS = 20
@@ -33,6 +34,8 @@ def umap_section(page: Page, store: CellStore, split: Split | None, embedded: Pa
         raise UsageError(f"--embedded {embedded}: no such file; `megacell embed RUN STORE --out {embedded}` makes it")
     if by is not None and by not in store.obs_columns:
         raise UsageError(f"--by {by}: {store.path} has no such column; it has {', '.join(store.obs_columns)}")
+    with open_h5(embedded):
+        pass  # no link in it leads to another file
     data = ad.read_h5ad(embedded, backed="r")
     try:
         if KEY not in data.obsm or data.n_obs != len(store):

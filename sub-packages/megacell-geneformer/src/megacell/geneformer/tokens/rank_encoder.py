@@ -104,6 +104,7 @@ class RankEncoder:
 
     def known_genes(self, indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Return how many different known genes each row has, int64 [n]; arguments as for `encode`."""
+        self._check(indptr, genes, len(self.tokens))
         lengths = np.empty(len(indptr) - 1, np.int64)
         seen = np.full(self.vocabulary.size, -1, np.int64)
         count_known(indptr, genes, counts, self._genes, seen, lengths)
@@ -145,6 +146,7 @@ class RankEncoder:
         """
         if counts.dtype.itemsize == 1:
             counts = counts.astype(np.float32)  # only in a store's files does a byte of 255 stand for more
+        self._check(indptr, genes, len(self._genes.pairs.by_gene))
         out, cu_lengths = self._out(indptr, dtype, allocate)
         work = self._workspace(int(np.diff(indptr).max(initial=0)))
         damaged = rank_rows(indptr, genes, counts, NOWHERE, self._genes, work, self._layout, cu_lengths, out)
@@ -177,6 +179,15 @@ class RankEncoder:
             return self.encode_in_place(RowsOfStore(reader, where), dtype, allocate)
         rows = reader.gather(cells, allocate=lambda size, kind: self._gathered.get(f"gathered {kind}", size, kind))
         return self.encode(*rows, dtype, allocate)
+
+    def _check(self, indptr: np.ndarray, genes: np.ndarray, known: int) -> None:
+        """Raise DataError for rows that would lead the compiled loops out of arrays; they look at nothing again."""
+        steps = np.diff(indptr, prepend=0, append=len(genes))
+        if steps.min() < 0:
+            raise DataError("rows that do not ascend in their values; give a matrix whose indptr does")
+        if len(genes) and not 0 <= genes.min() <= genes.max() < known:
+            row = int(np.searchsorted(indptr, np.argmax((genes < 0) | (genes >= known)), side="right")) - 1
+            raise DataError(f"row {row} has a gene beyond the {len(self.tokens)} that were named")
 
     def _out(self, indptr: np.ndarray, dtype: Any, allocate: Allocate | None) -> tuple[np.ndarray, np.ndarray]:
         """Return arrays for the tokens and for the ends of rows."""

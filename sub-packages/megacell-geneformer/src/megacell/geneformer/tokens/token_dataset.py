@@ -2,10 +2,11 @@
 """Training straight from a tokenised corpus: a Hugging Face `datasets` directory in the place of a cell store.
 
 It has what batches, splits and runs ask of a `CellStore`; its rows are tokens that stand in order already. Files are
-mapped; nothing of the corpus is read before its cells are asked for, except for a look at its first ones.
+mapped. When it is opened, where its cells begin and end is looked at; tokens are when they are asked for.
 """
 
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +20,17 @@ import pyarrow as pa
 
 from megacell.core.errors import DataError
 from megacell.core.jit import compiled
+from megacell.geneformer.tokens.arrow_stream import open_stream
 from megacell.geneformer.tokens.encoder import CellEncoder, cut_lengths, length_limits
 from megacell.geneformer.tokens.rank_encoder import RankEncoder
 from megacell.geneformer.vocabulary.vocabulary import Vocabulary
 from megacell.store import CellStore
 from megacell.store.read.reader import Allocate, CellReader, Rows
+from megacell.training.foreign.plain import check_shape, read_json, shown
 
 TOKENS, LENGTH = "input_ids", "length"
-CHECKED_CELLS = 1000  # cells that are compared with the vocabulary when a corpus is opened
+CHECKED_CELLS = 1000  # cells that are compared with the vocabulary when a corpus is opened; the others when read
+LARGEST_STATE = 1 << 26  # bytes of state.json, which names all files
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class TokenFolder:
         self._first = np.cumsum([0, *map(len, chunks)])
         self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
         self._values = [chunk.values.to_numpy() for chunk in chunks]
+        self._is_gene = np.zeros(vocabulary.size, bool)
+        self._is_gene[vocabulary.gene_tokens] = True
 
     @staticmethod
     def is_one(path: str | Path) -> bool:
@@ -76,37 +82,40 @@ class TokenFolder:
         """
         path = Path(path)
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            state = read_json(path / "state.json", LARGEST_STATE)
+            check_shape(state, {"_data_files": [{"filename": str}]})
             names = [entry["filename"] for entry in state["_data_files"]]
-            tables = [pa.ipc.open_stream(pa.memory_map(str(path / name))).read_all() for name in names]
-            table = pa.concat_tables(tables)
+            table = pa.concat_tables([open_stream(_file_in(path, name)) for name in names])
             kind = table.schema.field(TOKENS).type
         except (OSError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(f"{path}: not a tokenised corpus, or a broken one ({error}); make it again") from None
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
             raise DataError(f"{path}: column {TOKENS} holds {kind}, not lists of whole numbers; tokenize again")
+        _check_lists(table[TOKENS], path)
         sizes = [(name, (path / name).stat().st_size) for name in names]
         digest = blake2b(json.dumps([state, sizes], sort_keys=True).encode(), digest_size=8).hexdigest()
         folder = cls(path, vocabulary, table, digest)
-        folder._check_vocabulary()
+        folder.gather(np.arange(min(len(folder), CHECKED_CELLS)))
         return folder
 
-    def _check_vocabulary(self) -> None:
-        """Refuse a corpus of another vocabulary, as far as its first cells show."""
-        indptr, tokens, _ = self.gather(np.arange(min(len(self), CHECKED_CELLS)))
-        known = np.isin(tokens, [*self.vocabulary.gene_tokens, *self.vocabulary.specials.values()])
-        filled = np.flatnonzero(np.diff(indptr) > 0)
-        fits = bool(known.all())
-        for place, special in enumerate(self.vocabulary.prefix):
-            fits = fits and bool((tokens[indptr[filled] + place] == special).all())
-        for place, special in enumerate(reversed(self.vocabulary.suffix)):
-            fits = fits and bool((tokens[indptr[filled + 1] - 1 - place] == special).all())
-        if not self.vocabulary.prefix:
-            fits = fits and not np.isin(tokens, list(self.vocabulary.specials.values())).any()
-        if not fits:
+    def _check(self, cells: np.ndarray, indptr: np.ndarray, tokens: np.ndarray) -> None:
+        """Refuse cells that are not what the vocabulary makes: its specials around them, and genes' tokens between."""
+        wrong = (tokens < 0) | (tokens >= len(self._is_gene))
+        if not wrong.any():
+            wrong = ~self._is_gene[tokens]
+            filled = np.flatnonzero(np.diff(indptr) > 0)
+            for place, special in enumerate(self.vocabulary.prefix):
+                at = np.minimum(indptr[filled] + place, len(tokens) - 1)
+                wrong[at] = tokens[at] != special
+            for place, special in enumerate(reversed(self.vocabulary.suffix)):
+                at = np.maximum(indptr[filled + 1] - 1 - place, 0)
+                wrong[at] = tokens[at] != special
+        if wrong.any():
+            cell = cells[np.searchsorted(indptr, np.argmax(wrong), side="right") - 1]
             raise DataError(
-                f"{self.path}: tokenised with another dictionary than vocabulary {self.vocabulary.name} (V1 and V2 "
-                "differ in tokens and specials); give the vocabulary it was made with"
+                f"{self.path}: cell {cell:,} was tokenised with another dictionary than vocabulary "
+                f"{self.vocabulary.name} (V1 and V2 differ in tokens and specials), or is damaged; give the vocabulary "
+                "it was made with, or make the corpus again"
             )
 
     def __len__(self) -> int:
@@ -125,6 +134,7 @@ class TokenFolder:
         indptr = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=indptr[1:])
         tokens = np.concatenate(rows).astype(np.int64, copy=False) if rows else np.zeros(0, np.int64)
+        self._check(cells, indptr, tokens)
         return indptr, tokens, np.zeros(0, np.float32)
 
     @property
@@ -136,6 +146,10 @@ class TokenFolder:
         """Return metadata of the cells start … stop - 1, by their numbers; as `CellStore.obs_slice`."""
         names = self.obs_columns if columns is None else list(columns)
         rows = self._table.select(names).slice(start, (len(self) if stop is None else stop) - start)
+        try:
+            rows.validate(full=True)  # texts and codes lie where the file says
+        except pa.ArrowException as error:
+            raise DataError(f"{self.path}: its metadata are broken ({error}); make it again") from None
         frame: pd.DataFrame = rows.to_pandas()
         return frame.set_axis(pd.RangeIndex(start, start + len(frame)))
 
@@ -147,8 +161,36 @@ class TokenFolder:
     @cached_property
     def cell_hash(self) -> np.ndarray:
         """Hash of each cell's tokens: uint64 [cells]."""
-        hashes = [_hash_rows(np.asarray(o, np.int64), v) for o, v in zip(self._offsets, self._values, strict=True)]
+        hashes = []
+        for mapped, values in zip(self._offsets, self._values, strict=True):
+            offsets = np.array(mapped, np.int64)  # a copy: what is mapped may change behind the check
+            if len(offsets) and not (offsets[0] >= 0 and offsets[-1] <= len(values) and np.all(np.diff(offsets) >= 0)):
+                raise _broken_lists(self.path)
+            hashes.append(_hash_rows(offsets, values))
         return np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+
+
+def _file_in(folder: Path, name: str) -> Path:
+    """Return a file of a corpus; ValueError for one that lies elsewhere, or is no plain file."""
+    if Path(name).name != name:
+        raise ValueError(f"it names {shown(name)}, which is no file in the folder")
+    if not stat.S_ISREG((folder / name).lstat().st_mode):
+        raise ValueError(f"{shown(name)} is a link, or no plain file")
+    return folder / name
+
+
+def _check_lists(column: pa.ChunkedArray, path: Path) -> None:
+    """Refuse lists that do not lie in their values, and such as lack values; reads where they begin and end."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowException:
+        raise _broken_lists(path) from None
+    if column.null_count or any(chunk.values.null_count for chunk in column.chunks):
+        raise DataError(f"{path}: column {TOKENS} lacks values; tokenize again")
+
+
+def _broken_lists(path: Path) -> DataError:
+    return DataError(f"{path}: column {TOKENS} is broken: cells begin or end where there are no tokens; tokenize again")
 
 
 @compiled

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from megacell.core import lock
 from megacell.core.files import TEMPORARY, flush_file, move_into_place
 from megacell.geneformer.tokens.lengths import token_lengths
 from megacell.geneformer.tokens.rank_encoder import RankEncoder
@@ -65,11 +66,20 @@ def tokenize(
     UsageError
         ``out`` exists.
     DataError
-        Store and vocabulary do not fit.
+        Store and vocabulary do not fit, or another process is writing ``out``.
     """
     refuse_existing(out)
     check_coverage(store.gene_ids, store.symbols, vocabulary, str(store.path), allow=allow_low_coverage)
     encoder = RankEncoder(store.gene_ids, store.symbols, vocabulary, max_length)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock.held(lock.beside(out), f"{out}: another process is writing it"):
+        refuse_existing(out)  # again: the other one may have ended between
+        return _write_all(store, encoder, out, cells_a_file)
+
+
+def _write_all(store: CellStore, encoder: RankEncoder, out: Path, cells_a_file: int) -> list[str]:
+    """Write all files, and give the directory its name; return what was done."""
+    vocabulary = encoder.vocabulary
     plan = {"store": store.digest, "vocabulary": vocabulary.hash, "max_length": encoder.max_length}
     work = out.with_name(f".{out.name}.unfinished")
     done = _take_up(work, {**plan, "cells_a_file": cells_a_file})

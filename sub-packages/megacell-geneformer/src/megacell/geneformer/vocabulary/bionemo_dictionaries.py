@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megacell.core.errors import DataError
-from megacell.geneformer.vocabulary.vocabulary import Vocabulary
+from megacell.geneformer.vocabulary.vocabulary import MOST_TOKENS, Vocabulary
 
 NAMES = {"[CLS]": "cls", "[MASK]": "mask", "[PAD]": "pad", "[SEP]": None, "[UKW]": None}  # in order; two are unused
 GENES_OF_V1 = "23f28dadb488ada362a02f7402e8b525712fb39d0183bda672fffee6c95d2ca7"  # SHA-256 of their sorted ids
@@ -90,7 +90,8 @@ def read_tokens(content: bytes, place: str) -> dict[str, int]:
             found = {line.strip(): number for number, line in enumerate(lines)}
             if len(found) != len(lines):
                 raise ValueError("a line stands twice")
-        fine = all(isinstance(token, int) for token in found.values()) and len(set(found.values())) == len(found)
+        fine = all(type(token) is int and 0 <= token < MOST_TOKENS for token in found.values())
+        fine = fine and len(set(found.values())) == len(found)
         if not fine or [found.get(special) for special in NAMES] != list(range(len(NAMES))):
             raise ValueError(f"the first tokens are not {' '.join(NAMES)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

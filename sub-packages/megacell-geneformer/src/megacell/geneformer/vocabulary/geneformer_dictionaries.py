@@ -2,17 +2,21 @@
 """Geneformer's published dictionaries, which are Python pickles: read without running anything, made a vocabulary."""
 
 import hashlib
+import io
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from megacell.core.errors import DataError
-from megacell.geneformer.vocabulary.vocabulary import Vocabulary
+from megacell.geneformer.vocabulary.vocabulary import MOST_TOKENS, Vocabulary
+from megacell.training.foreign.pickled import check_pickle
+from megacell.training.foreign.plain import SHOWN, shown
 
+LARGEST = 1 << 24  # bytes of a dictionary; the published ones have up to 4 MB
 CONTAINERS: dict[str, Any] = {"dict": dict, "list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 NUMBER = re.compile(r"[iuf][1248]|b1")  # the dtype codes of whole, floating and truth values
 
@@ -22,7 +26,7 @@ class _Dtype:
 
     def __init__(self, code: str, *_: Any) -> None:
         if not isinstance(code, str) or not NUMBER.fullmatch(code):
-            raise pickle.UnpicklingError(f"numpy dtype {code!r}")
+            raise pickle.UnpicklingError(f"numpy dtype {shown(code)}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -46,12 +50,19 @@ class _RestrictedUnpickler(pickle.Unpickler):
             return _Dtype
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
             return _scalar
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise pickle.UnpicklingError(f"{module}.{name}"[:SHOWN])
 
 
-def _load(file: BinaryIO, path: Path) -> Any:
+def _load(path: Path) -> Any:
+    """Return what a pickle holds, of containers, texts and numbers, in memory and time that its size bounds."""
+    if path.stat().st_size > LARGEST:
+        raise DataError(
+            f"{path}: has {path.stat().st_size:,} bytes, a dictionary {LARGEST:,} at most; take another file"
+        )
+    content = path.read_bytes()
     try:
-        return _RestrictedUnpickler(file).load()
+        check_pickle(content)
+        return _RestrictedUnpickler(io.BytesIO(content)).load()
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{path}: refused: the pickle holds {error}; only containers, strings and numbers are read, "
@@ -85,15 +96,14 @@ def read_dictionary(path: str | Path, values: type[int] | type[float] | type[str
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the path of a Geneformer dictionary (.pkl)")
-    with path.open("rb") as file:
-        content = _load(file, path)
+    content = _load(path)
     kinds = (int, float) if values is float else (values,)
     if not isinstance(content, dict) or not content:
         raise DataError(f"{path}: holds a {type(content).__name__}, where a filled dictionary should be")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, kinds) or isinstance(value, bool):
             raise DataError(
-                f"{path}: entry {key!r}: {value!r} is not a string to {values.__name__}; "
+                f"{path}: entry {shown(key)}: {shown(value)} is not a string to {values.__name__}; "
                 "is it another one of the dictionaries?"
             )
     return {key: values(value) for key, value in content.items()}
@@ -158,6 +168,8 @@ def import_geneformer(
         "symbols": (symbols, str),
     }
     read = {part: read_dictionary(path, kind) for part, (path, kind) in paths.items() if path is not None}
+    if odd := next((gene for gene, token in read["tokens"].items() if not 0 <= token < MOST_TOKENS), None):
+        raise DataError(f"{tokens}: gives {shown(odd)} a token that is none of 0 to {MOST_TOKENS - 1:,}")
     prints = {part: fingerprint(content) for part, content in read.items()}
     edition = PUBLISHED.get(prints["tokens"])
     for part, printed in prints.items():

@@ -18,12 +18,18 @@ from megacell.geneformer.vocabulary.build import TrainingCells
 from megacell.geneformer.vocabulary.gene_names import Genes
 from megacell.geneformer.vocabulary.histogram_kernels import BITS
 from megacell.geneformer.vocabulary.histograms import Histograms
-from megacell.geneformer.vocabulary.vocabulary import Vocabulary
+from megacell.geneformer.vocabulary.tables import PLAIN, read_table, texts
+from megacell.geneformer.vocabulary.vocabulary import MOST_TOKENS, Vocabulary
 from megacell.store import CellStore
 
 NAME = "histograms.parquet"
 FORMAT, VERSION = "megacell-histograms", 1
 _META = b"megacell"
+_TYPES = {
+    **dict.fromkeys(("gene_id", "symbol", "biotype"), pa.string()),
+    "buckets": pa.large_list(pa.int32()),
+    "cells": pa.large_list(pa.int64()),
+}
 _MEND = "build the vocabulary again with --mergeable"
 
 
@@ -128,7 +134,7 @@ class Counted:
         if not path.is_file():
             raise DataError(f"{folder}: has no {NAME}, without which nothing can be added to its medians; {_MEND}")
         try:
-            table = pq.read_table(path)
+            table = read_table(path, _TYPES, MOST_TOKENS, ("ZSTD", *PLAIN))
             meta = json.loads((table.schema.metadata or {})[_META])
             if meta["format"] != FORMAT:
                 raise DataError(f"{path}: holds no histograms; {_MEND}")
@@ -139,7 +145,7 @@ class Counted:
             stores = tuple(CountedStore.from_dict(store) for store in meta["stores"])
             counted = cls(histograms, stores, meta["split"], meta["allow_subset"])
             of, bits = meta["vocabulary"], meta["bits"]
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, pa.ArrowException) as error:
             raise DataError(f"{path}: broken ({error}); {_MEND}") from None
         if _hash(meta, histograms) != written:
             raise DataError(f"{path}: has changed since it was written; {_MEND}")
@@ -189,8 +195,9 @@ def _to_table(histograms: Histograms) -> pa.Table:
 
 def _from_table(table: pa.Table) -> Histograms:
     """Return the histograms of `_to_table`."""
-    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-    genes = Genes(*(columns[name].to_numpy(zero_copy_only=False) for name in ("gene_id", "symbol", "biotype")))
+    names = ("gene_id", "symbol", "biotype")
+    genes = Genes(*(texts(table.column(name)).to_numpy(zero_copy_only=False) for name in names))
+    columns = {name: table.column(name).combine_chunks() for name in ("buckets", "cells")}
     lengths = columns["buckets"].value_lengths()
     if lengths.null_count or lengths != columns["cells"].value_lengths():
         raise ValueError("as many counts as buckets are expected")

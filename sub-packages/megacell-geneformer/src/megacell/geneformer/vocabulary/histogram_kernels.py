@@ -35,7 +35,7 @@ def count_range(
 
     ``pages``: int32 [genes of the range, OCTAVES], 0 for none yet. ``counts``: uint32 [pages, 2^BITS]. ``used``: how
     many pages are, int64 [1]. Where they do not suffice, returns FULL, and goes on from there when called with more;
-    DAMAGED at a value that no counts have.
+    DAMAGED at a value that no counts have, and at a gene of another range: genes do not ascend in its cell.
     """
     flat, found = counts.ravel(), np.empty(512, np.uint64)  # places are found before any is written to: none waits
     for cell in range(len(at)):
@@ -46,7 +46,9 @@ def count_range(
                 value = bits[j]
                 octave = (value >> np.uint64(52)) - np.uint64(LOWEST)  # wraps round for a value below, as for 0
                 if octave < np.uint64(OCTAVES):
-                    gene = np.uint64(genes[j]) - np.uint64(first)
+                    gene = np.uint64(genes[j]) - np.uint64(first)  # wraps round for a gene below
+                    if gene >= np.uint64(len(pages)):
+                        return DAMAGED
                     page = np.uint64(pages[gene, octave])
                     if page == 0:
                         if used[0] == len(counts):

@@ -126,7 +126,7 @@ class _Range:
         self.counts = np.zeros((1, 1 << BITS), np.uint32)  # no gene has page 0
 
     def add(self, genes: np.ndarray, bits: np.ndarray, at: np.ndarray, ends: np.ndarray) -> bool:
-        """Count the values ``at`` … ``ends`` of each cell; False if one cannot be right."""
+        """Count the values ``at`` … ``ends`` of each cell; False if a value or its gene cannot be right."""
         at = at.copy()
         with self.lock:
             while True:
@@ -157,7 +157,10 @@ def _count_ranges(store: CellStore, cells: np.ndarray, workers: int) -> list[_Ra
             split_rows(genes, indptr, firsts, starts)
             for r in [*range(turn, len(ranges)), *range(turn)]:  # threads begin apart, so that none waits for another
                 if not ranges[r].add(genes, bits, starts[r], starts[r + 1]):
-                    raise DataError(f"{store.path}: a count that is none; run `megacell verify {store.path}`")
+                    raise DataError(
+                        f"{store.path}: a count that is none, or genes that do not ascend in their cell; run `megacell "
+                        f"verify {store.path}`"
+                    )
 
     with ThreadPoolExecutor(workers, thread_name_prefix="megacell-histograms") as pool:
         list(pool.map(go, range(workers)))

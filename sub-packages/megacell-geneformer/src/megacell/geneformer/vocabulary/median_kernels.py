@@ -19,17 +19,26 @@ _HALF, _SIGN = np.uint64(32), np.uint64(63)
 
 
 @compiled
-def values_of_rows(indptr: Array, counts: Array, bits: Array) -> None:
-    """Write the bits of count / total x 10,000 of each row; 0 for counts of zero."""
+def values_of_rows(indptr: Array, counts: Array, bits: Array) -> int:
+    """Write the bits of count / total x 10,000 of each row; 0 for counts of zero.
+
+    Returns -1, or the row in which a count is negative, infinite or no number: no search for a median would end.
+    """
     values = bits.view(np.float64)
     for cell in range(len(indptr) - 1):
         row = counts[indptr[cell] : indptr[cell + 1]]
+        wrong = np.uint32(0)
+        for j in range(len(row)):
+            wrong |= np.uint32(not (row[j] >= 0 and row[j] < np.inf))
+        if wrong:
+            return cell
         total, value = row_total(row), values[indptr[cell] : indptr[cell + 1]]
         if total > 0:
             for j in range(len(row)):
                 value[j] = row[j] / total * TARGET_SUM
         else:
             value[:] = 0.0
+    return -1
 
 
 @compiled

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megacell.core.buffers import RowBuffer
+from megacell.core.errors import DataError
 from megacell.core.vector_sort import sort_address
 from megacell.geneformer.vocabulary.median_kernels import (
     ABOVE_ALL,
@@ -91,10 +92,19 @@ def values_of(store: CellStore, cells: np.ndarray, room: RowBuffer) -> tuple[np.
         The store's numbers, ascending within a cell.
     bits : uint64 [z]
         Of count / cell total x 10,000 as float64.
+
+    Raises
+    ------
+    DataError
+        A count that is none.
     """
     indptr, genes, counts = store.gather(cells, allocate=room)
     bits = room(len(genes), np.dtype(np.uint64))
-    values_of_rows(indptr, counts, bits)
+    if (wrong := values_of_rows(indptr, counts, bits)) >= 0:
+        raise DataError(
+            f"{store.path}: cell {cells[wrong]:,} has a count that is negative, infinite or no number; make the store "
+            "again, from files of counts"
+        )
     return indptr, genes, bits
 
 

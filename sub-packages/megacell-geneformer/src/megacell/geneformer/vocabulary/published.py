@@ -21,41 +21,49 @@ REPOSITORY = "ctheodoris/Geneformer/resolve/main"
 BYTES_AT_ONCE = 1 << 16
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 3  # connections that may break off, a file
-PUBLISHED_FILES = {  # part of an edition → (path in the repository, SHA-256 of the file)
+PUBLISHED_FILES = {  # part of an edition → (path in the repository, SHA-256 of the file, its bytes)
     "geneformer-v1": {
         "tokens": (
             "geneformer/gene_dictionaries_30m/token_dictionary_gc30M.pkl",
             "ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1",
+            788_424,
         ),
         "medians": (
             "geneformer/gene_dictionaries_30m/gene_median_dictionary_gc30M.pkl",
             "b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39",
+            940_965,
         ),
         "gene_ids": (
             "geneformer/gene_dictionaries_30m/ensembl_mapping_dict_gc30M.pkl",
             "eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869",
+            584_125,
         ),
         "symbols": (
             "geneformer/gene_dictionaries_30m/gene_name_id_dict_gc30M.pkl",
             "55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c",
+            1_117_117,
         ),
     },
     "geneformer-v2": {
         "tokens": (
             "geneformer/token_dictionary_gc104M.pkl",
             "67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f",
+            425_590,
         ),
         "medians": (
             "geneformer/gene_median_dictionary_gc104M.pkl",
             "a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5",
+            1_512_661,
         ),
         "gene_ids": (
             "geneformer/ensembl_mapping_dict_gc104M.pkl",
             "0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c",
+            3_957_652,
         ),
         "symbols": (
             "geneformer/gene_name_id_dict_gc104M.pkl",
             "fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1",
+            1_660_882,
         ),
     },
 }
@@ -80,11 +88,11 @@ def fetch_geneformer(edition: str) -> Vocabulary:
     if edition not in PUBLISHED_FILES:
         raise UsageError(f"no edition {edition!r}; there are {', '.join(PUBLISHED_FILES)}")
     files = PUBLISHED_FILES[edition]
-    places = {part: fetch(path, sha256) for part, (path, sha256) in files.items()}
+    places = {part: fetch(*file) for part, file in files.items()}
     return import_geneformer(places["tokens"], places["medians"], places["gene_ids"], places["symbols"])
 
 
-def fetch(path: str, sha256: str) -> Path:
+def fetch(path: str, sha256: str, size: int) -> Path:
     """Return the place of one published file in the cache, after fetching what of it is not there yet.
 
     Raises
@@ -98,7 +106,7 @@ def fetch(path: str, sha256: str) -> Path:
     url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{REPOSITORY}/{path}"
     part = place.with_name(place.name + ".part")
     place.parent.mkdir(parents=True, exist_ok=True)
-    _download(url, part)
+    _download(url, part, size)
     if (found := _sha256(part)) != sha256:
         part.unlink()
         raise DataError(
@@ -109,11 +117,13 @@ def fetch(path: str, sha256: str) -> Path:
     return place
 
 
-def _download(url: str, part: Path) -> None:
+def _download(url: str, part: Path, size: int) -> None:
     """Fetch a file to ``part``, going on from what is there, as often as the connection breaks off."""
+    if part.exists() and part.stat().st_size > size:
+        part.unlink()
     for left in reversed(range(TRIES)):
         try:
-            if _continue(url, part):
+            if _continue(url, part, size):
                 return
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
@@ -131,8 +141,8 @@ def _download(url: str, part: Path) -> None:
     )
 
 
-def _continue(url: str, part: Path) -> bool:
-    """Append what is missing of a file, and return whether all of it came."""
+def _continue(url: str, part: Path, size: int) -> bool:
+    """Append what is missing of a file, and return whether all of it came; DataError if more comes than it has."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -143,11 +153,19 @@ def _continue(url: str, part: Path) -> bool:
         raise
     with answer, part.open("ab" if answer.status == 206 else "wb") as file:
         expected = answer.headers.get("Content-Length")
-        came = 0
-        while block := answer.read(BYTES_AT_ONCE):
+        begin = file.tell()
+        while (block := answer.read(BYTES_AT_ONCE)) and file.tell() <= size:
             file.write(block)
-            came += len(block)
-    return expected is None or came == int(expected)
+        end = file.tell()
+    if end > size:
+        part.unlink()
+        raise DataError(
+            f"{url}: sends more than the {size:,} bytes of the published file: a proxy's page or a changed file; give "
+            "files that you have to `megacell vocabulary import`"
+        )
+    if expected is None or not expected.isdecimal() or len(expected) > len(str(size)):  # told nothing that can be true
+        return end == size
+    return end - begin == int(expected)
 
 
 def _sha256(path: Path) -> str:

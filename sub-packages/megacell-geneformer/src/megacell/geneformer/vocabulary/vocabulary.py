@@ -4,7 +4,6 @@
 import hashlib
 import json
 import logging
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +16,23 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megacell.core import lock
 from megacell.core.errors import DataError, UsageError
-from megacell.core.files import flush_file, move_into_place
+from megacell.core.files import TEMPORARY, flush_file, move_into_place
 from megacell.geneformer.vocabulary.gene_names import clean_ids, is_ensembl, unambiguous, upper
+from megacell.geneformer.vocabulary.tables import read_table, texts
+from megacell.training.foreign.plain import check_shape, read_json
 
 FORMAT, VERSION = "megacell-vocabulary", 1
 FILES = ("vocabulary.json", "genes.parquet", "aliases.parquet")
 SPECIALS = ("pad", "mask", "cls", "eos")
+MOST_TOKENS = MOST_LENGTH = 1 << 20  # rows of an embedding, and tokens of a cell: tables are made of as many
+MOST_ALIASES = 1 << 22
+LARGEST = 1 << 24  # bytes of vocabulary.json
+_META = {"version": int, "name": str, "specials": {"*": int}, "prefix": [int], "suffix": [int], "max_length": int,
+         "provenance": dict, "sha256": str}  # fmt: skip
+_GENES = {"gene_id": pa.string(), "symbol": pa.string(), "token": pa.int32(), "median": pa.float64()}
+_ALIASES = {"alias": pa.string(), "gene_id": pa.string()}
 LEAST_COVERAGE = 0.25  # share of the vocabulary's genes that a file has to measure
 log = logging.getLogger(__name__)
 
@@ -88,30 +97,31 @@ class Vocabulary:
                 make = "make one with `megacell vocabulary build` or `import`"
                 raise DataError(f"{path}: not a vocabulary ({name} is missing); {make}")
         try:
-            meta = json.loads((path / "vocabulary.json").read_text(encoding="utf-8"))
-            if meta.get("format") != FORMAT:
+            meta = read_json(path / "vocabulary.json", LARGEST)
+            if not isinstance(meta, dict) or meta.get("format") != FORMAT:
                 raise DataError(f"{path}: not a vocabulary; make one with `megacell vocabulary build` or `import`")
             if meta["version"] > VERSION:
                 raise DataError(
                     f"{path}: version {meta['version']} is newer than this program reads ({VERSION}); update it"
                 )
-            genes = pq.read_table(path / "genes.parquet").to_pandas()
-            aliases = pq.read_table(path / "aliases.parquet").to_pandas()
+            check_shape(meta, _META)
+            genes = read_table(path / "genes.parquet", _GENES, MOST_TOKENS)
+            aliases = read_table(path / "aliases.parquet", _ALIASES, MOST_ALIASES)
             vocabulary = cls(
                 name=meta["name"],
-                gene_ids=genes["gene_id"].to_numpy(object),
-                symbols=genes["symbol"].to_numpy(object),
-                tokens=genes["token"].to_numpy(np.int32),
-                medians=genes["median"].to_numpy(np.float64),
+                gene_ids=texts(genes["gene_id"]).to_numpy(zero_copy_only=False),
+                symbols=texts(genes["symbol"]).to_numpy(zero_copy_only=False),
+                tokens=genes["token"].to_numpy(),
+                medians=genes["median"].to_numpy(),
                 specials=meta["specials"],
                 prefix=tuple(meta["prefix"]),
                 suffix=tuple(meta["suffix"]),
                 max_length=meta["max_length"],
-                aliases=dict(zip(aliases["alias"], aliases["gene_id"], strict=True)),
+                aliases=dict(zip(*(texts(aliases[name]).to_pylist() for name in _ALIASES), strict=True)),
                 provenance=meta["provenance"],
             )
             written = meta["sha256"]
-        except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: a broken vocabulary ({error}); make it again") from None
         if vocabulary.hash != written:
             raise DataError(f"{path}: a file has changed since the vocabulary was written; make it again")
@@ -130,12 +140,21 @@ class Vocabulary:
         ------
         UsageError
             ``path`` exists.
+        DataError
+            Another process is writing it.
         """
         path = Path(path)
         refuse_existing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+        with lock.held(lock.beside(path), f"{path}: another process is writing it"):
+            refuse_existing(path)  # again: the other one may have ended between
+            self._write(path, beside)
+
+    def _write(self, path: Path, beside: Callable[[Path], None] | None) -> None:
+        """Write the directory beside its place, and give it its name."""
+        work = path.parent / f".{path.name}{TEMPORARY}"
         try:
+            shutil.rmtree(work, ignore_errors=True)  # of who was killed
             work.mkdir()
             meta = {"format": FORMAT, "version": VERSION, **self._meta(), "sha256": self.hash}
             (work / "vocabulary.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -171,8 +190,7 @@ class Vocabulary:
 
     def _genes(self) -> pa.Table:
         columns = {"gene_id": self.gene_ids, "symbol": self.symbols, "token": self.tokens, "median": self.medians}
-        types = {"gene_id": pa.string(), "symbol": pa.string(), "token": pa.int32(), "median": pa.float64()}
-        return pa.table({name: pa.array(columns[name], types[name]) for name in columns})
+        return pa.table({name: pa.array(columns[name], _GENES[name]) for name in columns})
 
     def _aliases(self) -> pa.Table:
         names = sorted(self.aliases)
@@ -257,6 +275,7 @@ def refuse_existing(path: Path) -> None:
         ``path`` exists.
     """
     if path.exists() or path.is_symlink():
+        lock.forget(lock.beside(path))  # of who was killed once it was written
         raise UsageError(f"{path}: exists; give another --out or remove it first")
 
 
@@ -331,12 +350,14 @@ def _faults(v: Vocabulary) -> list[str]:
         "a token stands twice": len(specials) == len(v.specials)
         and len({*v.tokens.tolist(), *specials}) == len(ids) + len(specials),
         "a negative token": min(v.tokens.min(initial=0), *specials, 0) >= 0,
+        f"a token of {MOST_TOKENS:,} or more": max(v.tokens.max(initial=0), *specials, 0) < MOST_TOKENS,
         "a median that is not above zero": bool(np.all(np.isfinite(v.medians) & (v.medians > 0))),
         f"specials must be among {', '.join(SPECIALS)}, with pad and mask": {"pad", "mask"}
         <= set(v.specials)
         <= set(SPECIALS),
         "a prefix or suffix that is no special": {*v.prefix, *v.suffix} <= specials,
         "max_length leaves no room for a gene": v.max_length > len(v.prefix) + len(v.suffix),
+        f"max_length is above {MOST_LENGTH:,}": v.max_length <= MOST_LENGTH,
         "an alias of an unknown gene": ids.isin(list(v.aliases.values())).sum() == len(set(v.aliases.values())),
     }
     return [fault for fault, good in checks.items() if not good]

@@ -8,7 +8,6 @@ so that weights, the optimizer's state and the step are all there is to save.
 """
 
 import contextlib
-import json
 import math
 import re
 import shutil
@@ -20,21 +19,43 @@ import torch
 from megacell.core.errors import DataError
 from megacell.core.files import hash_file
 from megacell.training.checkpoint.pickles import refuse_foreign_pickles
+from megacell.training.foreign.plain import check_shape, read_json, refuse_references, shown
 
 FORMAT, VERSION = "megacell-checkpoint", 1
 MARKER = "checkpoint.json"
 NAME = re.compile(r"step-(\d{8})")
+LARGEST = 1 << 26  # bytes of the marker, which names all files of all ranks
+FACTS = {  # what the marker holds whatever the family
+    "step": int,
+    "files": {"*": (int, str)},
+    "precision?": str,
+    "family?": str,
+    "held_out_loss?": int | float,
+    "stream?": {"*": int | str},
+    "guard?": {"skipped": int, "*": [int | float]},
+    "ranks?": {"world": int, "tensor": int},
+    "versions?": {"*": str},
+}
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}  # Megatron's form that any layout can load
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """Return ``checkpoint.json``; DataError if the checkpoint is not whole."""
+    """Return ``checkpoint.json``; DataError if the checkpoint is not whole, or says what none of ours does."""
     try:
-        facts: dict[str, Any] = json.loads((checkpoint / MARKER).read_text())
+        facts: dict[str, Any] = read_json(checkpoint / MARKER, LARGEST)
     except (OSError, ValueError) as error:
         raise DataError(f"{checkpoint}: no readable {MARKER}: not a whole checkpoint; take another") from error
-    if facts.get("format") != FORMAT or facts.get("version", 0) > VERSION:
-        raise DataError(f"{checkpoint}: {facts.get('format')} version {facts.get('version')}: needs a newer Megacell")
+    try:
+        check_shape(facts, {"format": str, "version?": int})
+        if facts["format"] != FORMAT or facts.get("version", 0) > VERSION:
+            told = f"{shown(facts['format'])} version {facts.get('version')}"
+            raise DataError(f"{checkpoint}: {told}: needs a newer Megacell")
+        check_shape(facts, FACTS)
+        refuse_references(facts)
+        if odd := next((name for name in facts["files"] if Path(name).name != name), None):
+            raise ValueError(f"files names {shown(odd)}, which is no file of the checkpoint")
+    except ValueError as error:
+        raise DataError(f"{checkpoint / MARKER}: {error}; take another checkpoint") from None
     return facts
 
 
@@ -122,7 +143,7 @@ def load(checkpoint: Path, network: Any, optimizer: Any = None) -> dict[str, Any
     from megatron.core import dist_checkpointing
 
     facts = read_facts(checkpoint)
-    refuse_foreign_pickles(checkpoint)
+    refuse_foreign_pickles(checkpoint, facts["files"])
     if optimizer is not None:
         _prepare(optimizer)
     loaded = dist_checkpointing.load(_wanted(network, optimizer), str(checkpoint))

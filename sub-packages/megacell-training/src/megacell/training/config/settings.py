@@ -8,8 +8,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from megacell.core.errors import UsageError
+from megacell.core.errors import DataError, UsageError
+from megacell.training.config.overrides import key_of, parsed, quoted, value_of
 from megacell.training.family import DEFAULT, ModelFamily, find_family
+from megacell.training.foreign.plain import MOST_BYTES, parse_yaml, refuse_references
 from megacell.training.nn.layout import Layout
 
 SAVED = "config.yaml"  # in the run folder: what the run was started with
@@ -17,6 +19,7 @@ ELSEWHERE = ("launcher", "sweep")  # how the processes are started: not a part o
 KEPT = ("family", "seed", "batch.cells", "model", "data", "init", "precision")  # what makes a run the run that it is
 FREE = ("data.prefetch", "data.threads")  # but not these
 QUERY = "data.where="
+TEXTS = ("out", "init")  # paths, beside the inputs of a family: taken as they stand
 SCHEDULES = ("cosine", "linear", "constant")
 REFUSED = {  # of Megatron's ways to spread a network, those that nothing here needs
     "pipeline": "the layers stay together; raise parallel.tensor where a copy does not fit on one GPU",
@@ -33,14 +36,32 @@ def family_of(overrides: list[str]) -> ModelFamily:
     UsageError
         It is not installed.
     """
-    chosen = {key_of(o): o.partition("=")[2] for o in overrides}
+    chosen = {key_of(o): value_of(o) for o in overrides}
     if "family" in chosen:
         return find_family(chosen["family"])
-    saved = Path(chosen.get("out", "")) / SAVED
-    if chosen.get("resume", "").lower() == "true" and saved.is_file():
-        recorded: Any = OmegaConf.load(saved)  # a mapping, as a run writes it
-        return find_family(recorded.get("family", DEFAULT))
+    out = Path(chosen.get("out", ""))
+    if chosen.get("resume", "").lower() == "true" and (out / SAVED).is_file():
+        return find_family(str(read_saved(out).get("family", DEFAULT)))
     return find_family()
+
+
+def read_saved(run: Path) -> dict[str, Any]:
+    """Return the options that a run was started with, as its folder has them; nothing in them is resolved.
+
+    How its processes were started is left out: that is for who goes on with the run to say.
+
+    Raises
+    ------
+    DataError
+        ``config.yaml`` cannot be read, or is none of ours.
+    """
+    path = run / SAVED
+    try:
+        with open(path, "rb") as file:
+            saved = parse_yaml(file.read(MOST_BYTES + 1))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not the options of a run ({error}); take the file that the run wrote") from None
+    return {name: value for name, value in saved.items() if name not in ELSEWHERE}
 
 
 def config_dirs(family: str = DEFAULT) -> list[Path]:
@@ -53,6 +74,11 @@ def searchpath() -> str:
     return f"hydra.searchpath=['file://{CONFIGS}']"
 
 
+def as_texts(overrides: list[str], family: ModelFamily, *, several: bool = False) -> list[str]:
+    """Return overrides as Hydra has to be told them, so that paths may hold anything; see `overrides.quoted`."""
+    return [quoted(o, (*TEXTS, *family.inputs), several=several) for o in overrides]
+
+
 @contextlib.contextmanager
 def hydra_configs(family: ModelFamily) -> Iterator[None]:
     """Let Hydra compose from a family's folder inside."""
@@ -60,11 +86,6 @@ def hydra_configs(family: ModelFamily) -> Iterator[None]:
 
     with initialize_config_dir(str(family.configs), version_base="1.3"):
         yield
-
-
-def key_of(override: str) -> str:
-    """Return the option that a Hydra override sets."""
-    return override.split("=", 1)[0].lstrip("+~")
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -79,12 +100,15 @@ def compose(overrides: list[str]) -> DictConfig:
     ------
     UsageError
         For an unknown option, a missing or malformed value, or sizes that do not fit.
+    DataError
+        As `read_saved`.
     """
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     family = family_of(overrides)
+    overrides = as_texts(overrides, family)
     try:
         with hydra_configs(family):
             cfg = hydra_compose("pretrain", [searchpath(), *(o for o in overrides if not o.startswith(QUERY))])
@@ -92,12 +116,17 @@ def compose(overrides: list[str]) -> DictConfig:
             cfg.data.where = None if query == "null" else query  # as it stands: Hydra would want quotes around it
         if cfg.resume:
             cfg = _resumed(cfg, overrides, family)
-        cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (MissingMandatoryValue, InterpolationKeyError) as error:  # the latter: ${given.…} of an experiment
         raise UsageError(f"{error.full_key}=… must be given") from error
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split()).split(" Config search path:")[0].split(" full_key:")[0]
         raise UsageError(f"{text}; `megacell pretrain --cfg …` prints all options") from error
+    try:
+        refuse_references(plain)  # what is written down for the run is read again as it stands
+    except ValueError as error:
+        raise UsageError(f"options: {error} there; give the value itself") from None
+    cfg = DictConfig(plain)
     OmegaConf.set_struct(cfg, True)
     _check(cfg)
     family.check(cfg)
@@ -118,9 +147,8 @@ def _resumed(cfg: DictConfig, overrides: list[str], family: ModelFamily) -> Dict
         group = any((folder / key).is_dir() for folder in (family.configs, CONFIGS))
         if key.split(".")[0] in KEPT or key in KEPT or group:
             raise UsageError(f"{key}=…: a run that goes on keeps it; start a new one, with init={cfg.out}")
-    merged = OmegaConf.merge(
-        cfg, OmegaConf.load(saved), OmegaConf.from_dotlist(given), {"resume": True, "out": cfg.out}
-    )
+    own = read_saved(Path(cfg.out))
+    merged = OmegaConf.merge(cfg, own, _given(given), {"resume": True, "out": cfg.out})
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -131,6 +159,14 @@ def check_positive(cfg: DictConfig, names: Iterable[str]) -> None:
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"{name}={value}: must be a whole number of at least 1")
+
+
+def _given(overrides: list[str]) -> DictConfig:
+    """Return the options of overrides, as Hydra reads their values."""
+    cfg = OmegaConf.create()
+    for key, value in parsed(overrides):
+        OmegaConf.update(cfg, key, value)
+    return cfg
 
 
 def _check(cfg: DictConfig) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from megacell.core.errors import DataError
+from megacell.training.foreign.plain import MOST_BYTES, parse_yaml, refuse_references
 from megacell.training.interchange.safe_archive import Archive, load_tensors, one_line, open_archive
 from megacell.training.interchange.tensors import State
 
@@ -46,7 +45,7 @@ class NemoArchive(SaveRestoreConnector):
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             inside = Path(folder) / "inside"
             inside.mkdir()
-            OmegaConf.save(model.cfg, inside / self.model_config_yaml, resolve=True)
+            _write_config(model.cfg, inside / self.model_config_yaml)
             try:
                 torch.save(model.weights(), inside / self.model_weights_ckpt)
             except RuntimeError as error:  # torch's word for a write that failed
@@ -77,29 +76,47 @@ def read_config(path: Path, parts: tuple[str, ...] = (WEIGHTS,)) -> dict[str, An
     Raises
     ------
     DataError
-        If it is no tar that is safe to open, or lacks one of its parts.
+        If it is no tar that is safe to open, lacks one of its parts, or has ``${…}`` in its configuration.
     """
     with open_archive(path) as archive:
         cfg = config_of(archive, path)
-        check_parts(archive, path, parts)
+        check_own(archive, cfg, path, parts)
         return cfg
 
 
 def config_of(archive: Archive, path: Path) -> dict[str, Any]:
-    """Return the configuration of an open archive; DataError if it has none that can be read."""
+    """Return the configuration of an open archive, in which texts with ``${…}`` stand as they are.
+
+    Those of ours have none, which `check_own` looks to; NeMo 1's may have some.
+
+    Raises
+    ------
+    DataError
+        It has none that can be read.
+    """
     if CONFIG not in archive.names:
         raise DataError(f"{path}: a .nemo file without {CONFIG}; give a whole one")
     try:
-        cfg: Any = OmegaConf.to_container(OmegaConf.create(archive.read(CONFIG).decode()))
-    except (ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        return parse_yaml(archive.read(CONFIG, MOST_BYTES), references=True)
+    except ValueError as error:
         raise DataError(f"{path}: its {CONFIG} cannot be read ({one_line(error)}); fetch it again") from None
-    if not isinstance(cfg, dict):
-        raise DataError(f"{path}: its {CONFIG} holds no options; fetch it again")
-    return cfg
 
 
-def check_parts(archive: Archive, path: Path, parts: tuple[str, ...]) -> None:
-    """Raise DataError where an open archive lacks files or folders."""
+def _write_config(cfg: Any, path: Path) -> None:
+    """Write a model's configuration; what stands in ``${…}`` is not resolved, it could be of the environment."""
+    try:
+        refuse_references(OmegaConf.to_container(cfg, resolve=False))
+    except ValueError as error:
+        raise DataError(f"the model's configuration cannot be written: {error}; give the value itself") from None
+    OmegaConf.save(cfg, path)
+
+
+def check_own(archive: Archive, cfg: dict[str, Any], path: Path, parts: tuple[str, ...]) -> None:
+    """Raise DataError where an open archive lacks files or folders, or its configuration holds ``${…}``."""
+    try:
+        refuse_references(cfg)
+    except ValueError as error:
+        raise DataError(f"{path}: its {CONFIG} is refused: {error}") from None
     folders = {os.path.dirname(name) for name in archive.names}
     if missing := sorted(set(parts) - archive.names - folders):
         raise DataError(f"{path}: a .nemo file without {', '.join(missing)}: not one that Megacell wrote")

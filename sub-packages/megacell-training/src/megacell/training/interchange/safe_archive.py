@@ -18,12 +18,14 @@ import torch
 from safetensors import SafetensorError
 
 from megacell.core.errors import DataError
+from megacell.training.foreign.torch_file import check_torch_file
 from megacell.training.interchange.tensors import State
 
 MOST_MEMBERS = 1000
 SMALL = 1 << 28  # bytes of a member that is not weights
 EXPANSION = 20  # weights hardly shrink when they are compressed: what grows more than this is no model
 SLACK = 1 << 24  # bytes that any archive may unpack to
+MOST_SHARED = 2  # times that all that is stored may be used
 BROKEN = (  # what damaged or malicious files make the readers of tar, zip, safetensors and torch raise
     tarfile.TarError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, zipfile.LargeZipFile, OSError,
     EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, MemoryError, OverflowError,
@@ -81,9 +83,9 @@ class Archive:
                 self._members[name] = member
         self.names = set(self._members)
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a small file."""
-        if (member := self._members.get(name)) is None or member.size > SMALL:
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """Return the bytes of a small file, of at most so many bytes (`SMALL` by default)."""
+        if (member := self._members.get(name)) is None or member.size > (SMALL if most is None else most):
             why = "is not in it" if member is None else f"has {member.size:,} bytes, which it cannot need"
             raise DataError(f"{self._path}: {name} {why}: refused")
         with self._open(name) as file:
@@ -148,31 +150,35 @@ def load_tensors(file: IO[bytes], place: str) -> State:
     Raises
     ------
     DataError
-        Damaged, compressed (torch never does), or with anything in it but tensors, containers and numbers.
+        Damaged, compressed (torch never does), with anything in it but tensors, containers and numbers, or with
+        tensors that are larger than what the file holds of them.
     """
     try:
-        _check_zip(file)
+        check_torch_file(file)
         file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old or odd pickles, which are refused if they cannot be read
             state = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+        tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+        _check_storages(tensors)
+        return tensors
     except BROKEN as error:
         text = one_line(error)
         raise DataError(f"{place}: its weights cannot be read, or are refused ({text}); fetch them again") from None
 
 
-def _check_zip(file: IO[bytes]) -> None:
-    """Raise ValueError for a zip that holds more than its own bytes."""
-    file.seek(0, os.SEEK_END)
-    size = file.tell()
-    file.seek(0)
-    if not zipfile.is_zipfile(file):
-        return  # torch's older format; it allocates no more than it reads
-    file.seek(0)
-    with zipfile.ZipFile(file) as inside:
-        entries = inside.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("it is compressed, which torch never does")
-    if sum(entry.file_size for entry in entries) > size:
-        raise ValueError("its parts overlap, or are larger than it is")
+def _check_storages(tensors: State) -> None:
+    """Raise ValueError for tensors that unfold to more than is stored of them: by strides of 0, or by sharing it.
+
+    A matrix may stand twice, as embedding and as decoder.
+    """
+    if not all(isinstance(name, str) for name in tensors):
+        raise ValueError("a tensor without a name")
+    plain = [tensor for tensor in tensors.values() if tensor.layout is torch.strided]
+    if any(tensor.device.type != "cpu" for tensor in plain):
+        raise ValueError("a tensor without values")
+    stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in plain}
+    if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in plain):
+        raise ValueError("a tensor is larger than what is stored of it")
+    if sum(tensor.nbytes for tensor in plain) > MOST_SHARED * sum(stored.values()):
+        raise ValueError("its tensors share what is stored so often that they are larger than the file")

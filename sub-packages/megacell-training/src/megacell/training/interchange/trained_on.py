@@ -6,6 +6,8 @@ from typing import Any
 
 from megacell.core.errors import DataError, UsageError
 from megacell.store import CellStore
+from megacell.training.foreign.plain import check_shape
+from megacell.training.run.recorded import RECORD
 
 
 def store_of(path: Path) -> CellStore | None:
@@ -53,10 +55,15 @@ def _record(path: Path) -> dict[str, Any] | None:
     from megacell.training.interchange.nemo import read_config
 
     if path.is_file():
-        record = (read_config(path).get("provenance") or {}).get("store")
+        told: Any = read_config(path).get("provenance") or {}
     else:
         try:
-            record = checkpoint.read_facts(find_checkpoint(path))["store"]
+            told = checkpoint.read_facts(find_checkpoint(path))
         except UsageError:  # nothing that was trained
             return None
-    return dict(record) if record and "path" in record else None
+    try:
+        check_shape(told, {"store?": RECORD})
+    except ValueError as error:
+        raise DataError(f"{path}: what it says of its store cannot be: {error}; fetch it again") from None
+    record: dict[str, Any] | None = told.get("store")
+    return record if record and "path" in record else None

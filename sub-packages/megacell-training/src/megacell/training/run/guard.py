@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megacell.training.run.csv_file import keep_rows
+
 
 class Guard:
     """Judges each step before its update, from figures that are the same on all ranks.
@@ -92,11 +94,7 @@ class SkippedFile:
     def __init__(self, path: Path, first_step: int):
         self.path = path
         if path.exists():
-            with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
-            path.unlink()
-            for row in kept:
-                self.write(row)
+            keep_rows(path, self.COLUMNS, first_step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""

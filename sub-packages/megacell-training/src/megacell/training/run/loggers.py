@@ -3,15 +3,17 @@
 
 import importlib.util
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from megacell.core.errors import UsageError
+from megacell.core.errors import DataError, UsageError
 
 _ID = "wandb-id"  # in the run folder: a run that goes on is the same run there
+_WANDB = ("project", "entity", "name", "tags")
 _AWAY = ("offline", "disabled", "dryrun")
 
 
@@ -19,6 +21,8 @@ def check(cfg: DictConfig) -> None:
     """Raise UsageError, before anything starts, where Weights & Biases is asked for and cannot be had."""
     if not cfg.logger.wandb:
         return
+    if odd := [str(name) for name in cfg.logger.wandb if name not in _WANDB]:  # of a run's config.yaml, perhaps
+        raise UsageError(f"logger.wandb.{odd[0]}: no option here; there are {', '.join(_WANDB)}")
     if importlib.util.find_spec("wandb") is None:
         raise UsageError("logger=wandb: wandb is not installed; pip install wandb, or leave logger=wandb out")
     if os.environ.get("WANDB_MODE") in _AWAY:
@@ -52,4 +56,6 @@ def _id(run: Path) -> str:
     path = run / _ID
     if not path.exists():
         path.write_text(secrets.token_hex(8))
-    return path.read_text()
+    if not re.fullmatch("[0-9a-f]{16}", found := path.read_text()[:80]):
+        raise DataError(f"{path}: not what a run writes there; remove it, for the run to be a new one there")
+    return found

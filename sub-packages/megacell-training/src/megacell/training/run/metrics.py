@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megacell.core.machine import peak_memory
 from megacell.training.family import MicroBatch
+from megacell.training.run.csv_file import keep_rows
 
 COLUMNS = (  # masked_tokens: the items, by the name that users' scripts know
     "step", "loss", "grad_norm", "lr", "masked_tokens", "tokens_per_second", "data_wait", "engine",
@@ -116,15 +117,9 @@ class MetricsFile:
     """metrics.csv of a run: one row every ``log_every`` steps; rows past the step that a run resumes at are dropped."""
 
     def __init__(self, path: Path, first_step: int):
-        kept = []
-        if path.exists():
-            with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= first_step]
-        self.file = open(path, "w", newline="")  # noqa: SIM115
+        keep_rows(path, COLUMNS, first_step)
+        self.file = open(path, "a", newline="")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(kept)
-        self.file.flush()
 
     def write(self, row: dict[str, float]) -> None:
         """Append one row."""

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry of `megacell pretrain`: settings → processes → NeMo's and Lightning's trainer → steps → checkpoints."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from megacell.core import lock
 from megacell.core.errors import UsageError
 from megacell.training.config import settings
 from megacell.training.distributed import device, launch, slurm
@@ -39,12 +42,42 @@ def main(overrides: list[str]) -> int:
 
 def check_paths(cfg: DictConfig) -> None:
     """Refuse, before anything starts, inputs that are not there and a run folder that holds something."""
-    out = Path(cfg.out)
     for name in find_family(cfg.family).inputs:
         if not Path(cfg[name]).is_dir():
             raise UsageError(f"{name}={cfg[name]}: no such folder")
-    if not cfg.resume and launch.is_first() and out.exists() and any(out.iterdir()):
+    if launch.is_first():
+        _check_folder(cfg)
+
+
+def _check_folder(cfg: DictConfig) -> None:
+    """Refuse a run folder that holds more than the lock of a start that was killed."""
+    out = Path(cfg.out)
+    if not cfg.resume and out.exists() and any(not entry.name.startswith(lock.NAME) for entry in out.iterdir()):
         raise UsageError(f"{out} exists: add resume=true to go on with it, or choose another out=")
+
+
+@contextlib.contextmanager
+def only_one(cfg: DictConfig) -> Iterator[None]:
+    """Hold the run folder's lock, on the first rank for all; a folder in which nothing came to be is taken away again.
+
+    Raises
+    ------
+    DataError
+        Another process trains in the folder.
+    """
+    out = Path(cfg.out)
+    if not launch.is_first():
+        yield
+        return
+    there = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.held(out / lock.NAME, f"{out}: another process is training in this folder"):
+            _check_folder(cfg)  # again: another one may have come between
+            yield
+    finally:
+        if not there and not any(out.iterdir()):
+            out.rmdir()
 
 
 def check_machine(cfg: DictConfig) -> None:
@@ -56,6 +89,11 @@ def check_machine(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig) -> int:
     """Train on this rank."""
+    with only_one(cfg):
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> int:
     device.quiet()
     import lightning.pytorch as pl
     from nemo.utils.exp_manager import exp_manager

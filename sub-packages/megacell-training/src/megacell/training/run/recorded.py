@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from megacell.core.errors import DataError
 
+RECORD = {"path?": str, "generation": int, "digest": str, "cells": int}  # of a store: the types of a `store_record`
+
 
 class Recordable(Protocol):
     """Cells on disk: a `CellStore`, or what a family made of one."""
