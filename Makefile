@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 TESTS_AT_ONCE ?= 2
 
-.PHONY: setup demo docs rooms test test-all test-cuda lint clean bench-peers bench-store bench-batches bench-train bench-steps bench-compiled bench-scaling bench-embed
+.PHONY: setup demo docs rooms test test-all test-hostile test-cuda lint clean bench-peers bench-store bench-batches bench-train bench-steps bench-compiled bench-scaling bench-embed
 
 setup: $(STAMP)
 
@@ -39,6 +39,12 @@ test: lint
 
 test-all: lint
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile
+
+# Commands killed and given failing disks at their calls, and hostile inputs: a table, and 1 if anything is lost. Needs gcc.
+HOSTILE ?=
+
+test-hostile: setup
+	CUDA_VISIBLE_DEVICES= $(BIN)/python tests/hostile/watch.py --at-once $(TESTS_AT_ONCE) $(HOSTILE)
 
 test-cuda: setup
 	$(BIN)/python -m pytest -m cuda

@@ -50,7 +50,10 @@ def test_the_version_stands_in_one_place():
     [
         ("vendor.citation-file-format", ["CITATION.cff"]),
         ("vendor.github-issue-config", [".github/ISSUE_TEMPLATE/config.yml"]),
-        ("vendor.github-issue-forms", [f".github/ISSUE_TEMPLATE/{name}.yml" for name in ("bug", "data", "feature_request")]),
+        (
+            "vendor.github-issue-forms",
+            [f".github/ISSUE_TEMPLATE/{name}.yml" for name in ("bug", "data", "feature_request")],
+        ),
         ("vendor.github-workflows", [".github/workflows/tests.yml"]),
         ("vendor.dependabot", [".github/dependabot.yml"]),
     ],
