@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.exhaustive  # minutes on two cores; `make test-hostile` runs the harness itself
 HERE = Path(__file__).resolve().parent
 preloads = pytest.mark.skipif(not shutil.which("gcc") or sys.platform != "linux", reason="needs Linux and gcc")
 WITHOUT_OUTPUT = {"bench batches", "bench embed", "bench read", "bench train", "completion", "doctor", "evaluate",

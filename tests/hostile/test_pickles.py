@@ -251,7 +251,7 @@ BROKEN = (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError,
 PLAIN = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers(-(2**55), 2**55)
+    | st.integers(-(2**54), 2**54)
     | st.floats()
     | st.text(max_size=5)
     | st.binary(max_size=300),

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +131,7 @@ class Tries:
         while running := _living():
             if time.monotonic() > deadline:
                 names = [_command_of(process) for process in running]
-                self._kill(running)
+                _kill_all()
                 return f"still running {LEFT_RUNNING:.0f} s after its end: {names}"
             time.sleep(POLL)
         return ""
@@ -168,24 +168,18 @@ class Tries:
             done, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
             if done and os.WIFSTOPPED(status):
                 time.sleep(STOPPED)
-                self._kill(_descendants(os.getpid()))
+                _kill_all()
             elif done:
                 return os.waitstatus_to_exitcode(status), signalled
             now = time.monotonic() - begun
             if now > limit:
-                self._kill(_descendants(os.getpid()))
+                _kill_all()
                 os.waitpid(child, 0)
                 return None, signalled
             if signal_after is not None and now >= signal_after and not signalled and order.number:
                 signalled = True
                 (os.kill if order.who == "parent" else os.killpg)(child, order.number)
             time.sleep(POLL)
-
-    @staticmethod
-    def _kill(processes: Iterable[int]) -> None:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
 
 
 def end_with(work: Callable[[], int]) -> None:
@@ -212,6 +206,13 @@ def _living() -> list[int]:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     return list(_descendants(os.getpid()))
+
+
+def _kill_all() -> None:
+    """Kill all processes below this one, listed before the first of them dies and leaves its children to us."""
+    for process in list(_descendants(os.getpid())):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def _descendants(process: int) -> Iterator[int]:
