@@ -8,7 +8,7 @@ from typing import Any
 
 from megacell.core.errors import UsageError
 from megacell.geneformer.vocabulary.vocabulary import MOST_TOKENS
-from megacell.training.foreign.plain import shown
+from megacell.training.foreign.plain import SHOWN, shown
 from megacell.training.nn.layout import Layout
 
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are padded to it, whatever the tensor parallel size
@@ -76,17 +76,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
             if type(value := getattr(self, name)) is not int or not 1 <= value <= most:
-                raise UsageError(f"model.{name}={shown(value)}: must be a whole number from 1 to {most:,}")
+                raise UsageError(f"model.{name}={_told(value)}: must be a whole number from 1 to {most:,}")
         for name in ("hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_std"):
             if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < math.inf:
-                raise UsageError(f"model.{name}={shown(value)}: must be a number of at least 0")
+                raise UsageError(f"model.{name}={_told(value)}: must be a number of at least 0")
         for name, choices in (("norm", NORMS), ("activation", ACTIVATIONS)):
             if (value := getattr(self, name)) not in choices:
-                text = value[:80] if isinstance(value, str) else shown(value)
-                raise UsageError(f"model.{name}={text}: choose one of {', '.join(choices)}")
+                raise UsageError(f"model.{name}={_told(value)}: choose one of {', '.join(choices)}")
         for name in ("tied_head", "scaled_init"):
             if not isinstance(value := getattr(self, name), bool):
-                raise UsageError(f"model.{name}={shown(value)}: must be true or false")
+                raise UsageError(f"model.{name}={_told(value)}: must be true or false")
         if self.hidden % self.heads:
             raise UsageError(f"model.hidden={self.hidden} does not divide into model.heads={self.heads}: change one")
         if not 0 <= self.hidden_dropout < 1 or not 0 <= self.attention_dropout < 1:
@@ -125,6 +124,11 @@ class ModelConfig:
                 raise UsageError(
                     f"parallel.tensor={tensor} does not divide the model's {name} ({size}): choose another"
                 )
+
+
+def _told(value: Any) -> str:
+    """Return an option's value as it is typed, cut short."""
+    return value[:SHOWN] if isinstance(value, str) else shown(value)
 
 
 def _gelu_tanh(x):
